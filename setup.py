@@ -1,0 +1,23 @@
+"Package metadata is read from settings.ini, the one place where nbdev keeps it."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ini = ConfigParser(delimiters=["="])
+ini.read("settings.ini", encoding="utf-8")
+cfg = ini["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
+    author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
+    long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
+    packages=find_packages(include=["diclip", "diclip.*"]),
+    package_data={"diclip": ["weights/**/*", "pool/**/*"]},
+    include_package_data=True, python_requires=f">={cfg['min_python']}", zip_safe=False,
+    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+    },
+)
