@@ -6,14 +6,14 @@
 __all__ = ['PROMPT', 'VOC_CLASSES', 'BACKGROUND_WORDS', 'VOC', 'COCO_CLASSES', 'COCO', 'MINI_CLASSES', 'MINI', 'PROFILES',
            'Profile', 'profile']
 
-# %% ../nbs/00_config.ipynb #5640ed18
+# %% ../nbs/00_config.ipynb #e7fbbe39
 from dataclasses import dataclass, fields, replace
 
-# %% ../nbs/00_config.ipynb #cd198196
+# %% ../nbs/00_config.ipynb #f8243707
 PROMPT = ("a realistic photograph of a fully visible, entire {category} with natural colors, centered in the image, with a clear and distinct background, "
           "high color contrast, and the {category} not occupying the entire frame, ensuring it is completely visible without cropping.")
 
-# %% ../nbs/00_config.ipynb #90b8571c
+# %% ../nbs/00_config.ipynb #9c828458
 @dataclass(frozen=True)
 class Profile:
     "Everything that DiCLIP needs to know about a data set and a pair of models."
@@ -41,7 +41,7 @@ class Profile:
     rounds: int = 3                      # n of (6) (Table VII)
     propagation: str = "average"         # the form of (6), lost in the text (chosen by measurement)
     fusion: str = "additive"             # (7), alternatives in Table XII
-    readout: str = "inplace"             # where the enhanced features are read (chosen by measurement)
+    readout: str = "progressive"         # where the enhanced features are read (III-C, the last sentence; 10_clip)
     # C. cache
     prompt: str = PROMPT                 # for generating images (IV-B)
     images_per_class: int = 50           # (Table XIV)
@@ -64,7 +64,7 @@ class Profile:
         "(h, w), CLIP's patch grid at the profile's crop."
         return (self.crop // self.patch,) * 2
 
-# %% ../nbs/00_config.ipynb #b8651e8a
+# %% ../nbs/00_config.ipynb #30e1f0fb
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
                "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 _RENAMED = {"bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tvmonitor": "tvmonitor screen"}
@@ -72,7 +72,7 @@ BACKGROUND_WORDS = ("ground", "land", "grass", "tree", "building", "wall", "sky"
                     "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley", "bridge", "sign")
 VOC = Profile("voc", VOC_CLASSES, tuple(_RENAMED.get(c, c) for c in VOC_CLASSES), BACKGROUND_WORDS)
 
-# %% ../nbs/00_config.ipynb #01ae829d
+# %% ../nbs/00_config.ipynb #0ac1d6d8
 COCO_CLASSES = tuple("""person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,
 sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,
 tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,
@@ -80,18 +80,18 @@ dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,to
                      .replace("\n", "").split(","))
 COCO = Profile("coco", COCO_CLASSES, COCO_CLASSES, BACKGROUND_WORDS, centroids=5)
 
-# %% ../nbs/00_config.ipynb #2f984606
+# %% ../nbs/00_config.ipynb #f8c45e75
 MINI_CLASSES = ("boat", "plane", "bird", "car", "train", "cat", "bottle", "chair")
 MINI = Profile("mini", MINI_CLASSES, MINI_CLASSES, ("water", "sky", "road", "rails", "indoor", "grass"), ("a photo of a {}",),
                clip="weights/mini_clip", clip_weights="", sd="weights/mini_sd", sd_alternatives=(), crop=96, patch=8, size=96,
-               timestep=50,             # 30_vce: 50 to 200 made no difference
-               readout="last", alpha=4.,  # 30_vce: the readout decides, see the components experiment
-               mask_threshold=.8,       # 40_cache: masks at 0.5 are far too wide here
+               timestep=50,             # experiments/choices
+               readout="surgery", layers=6, alpha=4.,  # experiments/choices: this CLIP keeps its class evidence in early layers
+               mask_threshold=.8,       # 39_keys: masks at 0.5 are too wide here
                guidance=3., steps=25)   # 20_sd: a small model overshoots at 7.5
 
 PROFILES = {p.name: p for p in (MINI, VOC, COCO)}
 
-# %% ../nbs/00_config.ipynb #c1403097
+# %% ../nbs/00_config.ipynb #ba35e60b
 def profile(
     name: str = "mini",     # "mini", "voc" or "coco"
     **overrides,            # settings to change, e.g. rounds=0

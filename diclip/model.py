@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DiCLIP']
 
-# %% ../nbs/64_model.ipynb #269f9cdf
+# %% ../nbs/64_model.ipynb #4edabd13
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .retrieval import cache_cam, static_cam
 from .sd import load_sd
 from .vce import enhanced_features, fuse_attention
 
-# %% ../nbs/64_model.ipynb #97df5a74
+# %% ../nbs/64_model.ipynb #b06e473a
 class DiCLIP:
     "CLIP and Stable Diffusion, both frozen, connected as in Figure 2. Raises ValueError for a cache of other classes or another CLIP."
     def __init__(
@@ -55,7 +55,7 @@ class DiCLIP:
         p = name if isinstance(name, Profile) else get_profile(name, **overrides)
         return cls(load_clip(p, device, dtype), load_sd(p, device, dtype), p, cache)
 
-# %% ../nbs/64_model.ipynb #1b454b34
+# %% ../nbs/64_model.ipynb #7452511c
 def _as_array(image):
     if isinstance(image, Sample): return image.image
     return read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
@@ -75,7 +75,7 @@ def prepare(
     arrays = [_as_array(x) for x in images]
     return batch_images(arrays, self.profile.crop).to(self.device), [a.shape[:2] for a in arrays]
 
-# %% ../nbs/64_model.ipynb #8d169da8
+# %% ../nbs/64_model.ipynb #28534764
 @patch
 @torch.no_grad()
 def refined(self: DiCLIP, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def attention(self: DiCLIP, images) -> dict:
     fused = fuse_attention(clip, refined, alpha=self.profile.alpha, mode=self.profile.fusion)
     return dict(clip=clip.mean(1)[:, 1:, 1:], sd=raw, refined=refined, fused=fused.mean(1)[:, 1:, 1:])
 
-# %% ../nbs/64_model.ipynb #9dc6acf1
+# %% ../nbs/64_model.ipynb #c813eb9f
 @patch
 def class_indices(
     self: DiCLIP,

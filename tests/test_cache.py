@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from diclip.cache import Cache, build_cache, cache_from_features, cache_from_pooled, class_images, pool_images, tsne
+from diclip.cache import Cache, build_cache, cache_from_features, class_images, tsne
 from diclip.config import profile
-from diclip.keys import cache_values, cluster_keys, foreground_masks, masked_average_pool, patch_masks, to_batch
+from diclip.keys import cache_values, cluster_keys, foreground_masks, masked_average_pool, object_masks, patch_masks, pool_images, to_batch
 
 quick = settings(deadline=None, max_examples=25)
 few = settings(deadline=None, max_examples=5)     # k-means takes a while
@@ -364,6 +364,9 @@ def test_a_folder_of_files_is_read_in_the_order_of_their_numbers(tmp_path):
         for i, shot in enumerate(shots): Image.fromarray(shot).save(tmp_path / name / f"{i}.png")
     assert all((a == b).all() for a, b in zip(class_images(tmp_path, "red", 12), pictures(12)["red"]))
     torch.testing.assert_close(build(images=tmp_path).keys, build(images=pictures(12)).keys)
+    assert build(images=tmp_path).meta["prompt"] is None
+    (tmp_path / "pool.json").write_text(json.dumps({"prompt": "a {category}", "seed": 3}))
+    assert build(images=tmp_path).meta["prompt"] == "a {category}" and build(images=tmp_path).meta["pool"]["seed"] == 3
     with pytest.raises(ValueError, match="generate_pool"): class_images(tmp_path, "mauve", 5)
     with pytest.raises(ValueError, match="no pictures of 'red'"): build(images={"green": []})
 
@@ -386,3 +389,12 @@ def test_pictures_of_any_size_enter_at_the_crop():
 def test_tsne():
     assert tsne(unit(9, 4)).shape == (9, 2)
     with pytest.raises(ValueError, match="3 or more"): tsne(unit(2, 4))
+
+
+def test_masks_can_be_refined_before_they_are_cut():
+    text, grid = unit(5), (4, 4)
+    x = F.normalize(torch.randn(2, 16, 5, generator=generator(1)) + 3 * text * (torch.arange(16) % 4 == 0)[:, None], dim=-1)
+    same = object_masks(x, text, .5, par=lambda images, maps: maps, images=torch.zeros(2, 3, 4, 4), grid=grid)
+    assert torch.equal(same, object_masks(x, text, .5))
+    flipped = object_masks(x, text, .5, par=lambda images, maps: maps.flip(-1), images=torch.zeros(2, 3, 4, 4), grid=grid)
+    assert torch.equal(flipped.view(2, 4, 4), same.view(2, 4, 4).flip(-1))

@@ -168,3 +168,22 @@ def test_static_cam_at_the_ends():
 def test_static_cam_refuses():
     with pytest.raises(ValueError, match="same features"): static_cam(torch.ones(1, 2, 3), torch.ones(1, 3, 3))
     with pytest.raises(ValueError, match="negative"): static_cam(torch.ones(1, 2, 3), torch.ones(1, 2, 3), -1.)
+
+
+def test_a_cache_of_the_right_classes_beats_its_rolled_twin():
+    from diclip.cache import cache_from_features
+    C, N, d = 4, 36, 16
+    looks, ground = unit(C, d, seed=1), unit(1, d, seed=2)
+    def scenes(n, seed):
+        y, inside = torch.arange(n) % C, (torch.rand(n, N, generator=generator(seed)) > .7).float()
+        x = inside[..., None] * looks[y][:, None] + (1 - inside[..., None]) * ground + .15 * torch.randn(n, N, d, generator=generator(seed + 1))
+        return F.normalize(x, dim=-1), inside, y
+    x, inside, y = scenes(40, 3)
+    cache = cache_from_features(x, inside, y, F.normalize(looks + ground, dim=-1), "abcd", centroids=3)
+    x, inside, y = scenes(20, 5)
+    def contrast(M):
+        own = M[torch.arange(20), y]
+        return ((own * inside).sum() / inside.sum() - (own * (1 - inside)).sum() / (1 - inside).sum()).item()
+    real, twin = contrast(cache_cam(x, cache, negative=False)), contrast(cache_cam(x, cache.rolled(), negative=False))
+    assert real > .5 and real > twin + .3
+    assert contrast(cache_cam(x, cache)) > .5

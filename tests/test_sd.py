@@ -214,6 +214,7 @@ def test_seeds_draws_and_timesteps(mini):
     assert torch.equal(A, mini.attention(x, (12, 12), seed=1))
     assert not torch.equal(A, mini.attention(x, (12, 12), seed=2))
     assert not torch.equal(A, mini.attention(x, (12, 12), seed=1, timestep=500))
+    assert torch.equal(mini.attention(x, (12, 12), timestep=50.), mini.attention(x, (12, 12), timestep=np.int64(50)))
     state = torch.get_rng_state()
     mini.attention(x, (12, 12), draws=3)
     assert torch.equal(state, torch.get_rng_state()), "the global generator was touched"

@@ -1,0 +1,39 @@
+"Every notebook runs from top to bottom, and every experiment runs through papermill at its smallest setting."
+import json, os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "experiments"} & set(p.parts))
+SMALL = {"components": dict(n_train=24, n_val=24, seeds=1, per_class=12, draws=50), "choices": dict(n_train=10)}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+def test_notebook_runs(path):
+    from nbdev.test import test_nb
+    good, seconds = test_nb(path, skip_flags=["cuda", "slow"])
+    assert good, f"{path.name} failed, see the traceback above"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs/experiments").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_experiment_runs_small(path, tmp_path):
+    from diclip.cli import run_notebook
+    record = run_notebook(path.stem, tmp_path, **SMALL[path.stem])
+    assert record["experiment"] == path.stem and record["protocol"] and record["environment"]["versions"]["torch"]
+    for name, row in record["results"].items():
+        assert 0 <= row["low"] <= row["high"] <= 100 and len(row["seeds"]) >= 1, name
+    assert (tmp_path / f"{path.stem}.html").stat().st_size > 10_000
+
+
+def test_a_committed_record_fits_its_experiment():
+    record = json.loads((ROOT / "nbs/results/components.json").read_text())
+    assert record["parameters"]["n_val"] == 400 and record["parameters"]["seeds"] >= 3
+    assert set(record["results"]) >= {"center prior", "baseline CLIP", "+ VCE without ACR", "+ VCE", "+ positive cache", "+ negative cache",
+                                      "untrained UNet", "color similarity", "rolled labels", "oracle attention"}

@@ -1,0 +1,106 @@
+"The repository itself: imports, the module graph, generated files, notebooks, sizes (style rules 23 and 24)."
+import ast, hashlib, json, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MODULES = sorted(p for p in (ROOT / "diclip").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+name_of = lambda p: ".".join(p.relative_to(ROOT).with_suffix("").parts)
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def source_of(module):
+    return re.search(r"File to edit: (?:\.\./)+nbs/(.+)\.ipynb", module.read_text()).group(1)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_every_module_imports_alone(module):
+    done = python(f"import {name_of(module)}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_is_light():
+    done = python("import time; t=time.time(); import diclip, sys; assert time.time()-t < 1, time.time()-t; "
+                  "bad={'torch','open_clip','diffusers','transformers','sklearn','matplotlib'} & set(sys.modules); assert not bad, bad")
+    assert done.returncode == 0, done.stderr
+
+
+def imports(module):
+    "Modules of the package that a module imports anywhere in its body."
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = name_of(module).split(".")[:-node.level] if node.level else []
+            found = ".".join(base + ([node.module] if node.module else []))
+            if found == "diclip": yield from (f"diclip.{a.name}" for a in node.names)
+            elif found.startswith("diclip."): yield found
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("diclip."))
+
+
+def test_no_arrow_back():
+    order = {name_of(m): source_of(m) for m in MODULES}
+    for m in MODULES:
+        for other in imports(m):
+            if other in order:
+                assert order[other] < order[name_of(m)], f"{name_of(m)} ({order[name_of(m)]}) imports {other} ({order[other]})"
+
+
+def test_only_notebooks_plot():
+    assert not [name_of(m) for m in MODULES if "diclip.plot" in set(imports(m))]
+
+
+@pytest.mark.parametrize("name", ["acr", "retrieval", "labels", "metrics", "cam"])
+def test_tensor_modules_know_no_model_library(name):
+    text = (ROOT / "diclip" / f"{name}.py").read_text()
+    assert not re.search(r"^\s*(import|from) (open_clip|diffusers|transformers)", text, re.M)
+
+
+def test_export_leaves_no_difference(tmp_path):
+    for f in ("settings.ini", "setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / f, tmp_path)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
+    shutil.copytree(ROOT / "diclip", tmp_path / "diclip", ignore=shutil.ignore_patterns("weights", "pool", "__pycache__"))
+    done = subprocess.run([str(Path(sys.executable).parent / "nbdev_export")], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for m in [*MODULES, ROOT / "diclip/_modidx.py"]:
+        assert m.read_text() == (tmp_path / m.relative_to(ROOT)).read_text(), f"{m.name} differs from its notebook: run nbdev_export"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+def test_notebook_is_fit_to_read(path):
+    text = path.read_text(encoding="utf-8")
+    cells = json.loads(text)["cells"]
+    first = "".join(cells[0]["source"])
+    code = [c for c in cells if c["cell_type"] == "code"]
+    assert first.startswith("# ") and "\n> " in first, "opens with a title and a one-line claim"
+    assert path.stat().st_size <= 500_000, f"{path.stat().st_size // 1000} KB"
+    assert not re.search(r"(?<![\w.])/(root|home|work|tmp|opt|Users)/", text), "holds a path of somebody's machine"
+    assert not any(o["output_type"] == "error" for c in code for o in c["outputs"]), "holds a saved error"
+    longest = max((len([l for l in "".join(c["source"]).splitlines() if l.strip()]) for c in code), default=0)
+    assert longest <= 40, f"a cell of {longest} lines"
+
+
+def test_readme_comes_from_the_index():
+    done = subprocess.run([sys.executable, str(ROOT / ".ci/readme"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ci_runs_the_readme_command():
+    command = [l for l in (ROOT / ".ci/run").read_text().splitlines() if "pytest" in l and not l.startswith("#")]
+    assert len(command) == 1 and command[0] in (ROOT / "README.md").read_text()
+
+
+def test_shipped_weights_are_small_safetensors_with_known_hashes():
+    files = [p for p in (ROOT / "diclip/weights").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 30e6
+    assert not [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+    card = json.loads((ROOT / "nbs/results/model_card.json").read_text())["sha256"]
+    for p in files:
+        if p.suffix == ".safetensors":
+            key = p.relative_to(ROOT / "diclip/weights").as_posix()
+            assert card[key] == hashlib.sha256(p.read_bytes()).hexdigest(), f"{key} is not the file of the model card"
