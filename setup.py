@@ -12,6 +12,8 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
     author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
+    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3",
+                 "Topic :: Scientific/Engineering :: Image Recognition"],
     packages=find_packages(include=["diclip", "diclip.*"]),
     package_data={"diclip": ["weights/**/*", "pool/**/*"]},
     include_package_data=True, python_requires=f">={cfg['min_python']}", zip_safe=False,

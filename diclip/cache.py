@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SILENT', 'Cache', 'atomic_write', 'cache_from_pooled', 'cache_from_features', 'class_images', 'build_cache', 'tsne']
 
-# %% ../nbs/40_cache.ipynb #224802b8
+# %% ../nbs/40_cache.ipynb #f5f5dd08
 import hashlib, json, os
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from .keys import vce_features, to_batch, patch_masks, masked_average_pool, pool_images, cluster_keys, cache_values
 
-# %% ../nbs/40_cache.ipynb #1e24561e
+# %% ../nbs/40_cache.ipynb #0fcd3ee1
 @dataclass(eq=False, repr=False)
 class Cache:
     "Key-value pairs (section III-D.1): foreground rows class by class, then background rows; raises ValueError on arrays that do not fit"
@@ -38,7 +38,7 @@ class Cache:
         n = int((self.values[:, -1] != 0).sum())
         return f"Cache({len(self)} pairs = {len(self) - n} foreground + {n} background, d={self.keys.shape[1]}, {len(self.classes)} classes)"
 
-# %% ../nbs/40_cache.ipynb #47291a48
+# %% ../nbs/40_cache.ipynb #bce8d470
 @patch(as_prop=True)
 def background(self: Cache) -> Tensor:
     "(n,) bool, the background rows"
@@ -60,7 +60,7 @@ def rolled(self: Cache, shift: int = 1) -> Cache:
     values = torch.cat([self.values[:, :-1].roll(shift, 1), self.values[:, -1:]], 1)
     return replace(self, values=values, meta={**self.meta, "rolled": shift})
 
-# %% ../nbs/40_cache.ipynb #69193744
+# %% ../nbs/40_cache.ipynb #975a676a
 def atomic_write(path, data: bytes):
     "Write to a neighbor of `path`, then rename: readers see the old file or the new one, never half of it"
     path = Path(path)
@@ -85,7 +85,7 @@ def save(self: Cache, path):
     head = {"format": "diclip-cache-1", "classes": json.dumps(self.classes), "meta": json.dumps(self.meta), "digest": _digest(*rows.values())}
     atomic_write(path, save(rows, head))
 
-# %% ../nbs/40_cache.ipynb #871d559e
+# %% ../nbs/40_cache.ipynb #723d7305
 @patch(cls_method=True)
 def load(cls: Cache, path) -> "Cache":
     "Read a file that `save` wrote; raises FileNotFoundError, or ValueError for a file that is damaged or none of ours"
@@ -99,7 +99,7 @@ def load(cls: Cache, path) -> "Cache":
     except Exception as e:
         raise ValueError(f"{path} is no readable cache ({type(e).__name__}: {e}): delete it and build it again with build_cache(...)") from e
 
-# %% ../nbs/40_cache.ipynb #6e7c77a7
+# %% ../nbs/40_cache.ipynb #5c16c759
 @patch
 def check(
     self: Cache,
@@ -118,7 +118,7 @@ def check(
             raise ValueError(f"this cache was made with {name} {have}, not {want}: rebuild it with build_cache(...) and your {name}, or load the {name} it was made with")
     return self
 
-# %% ../nbs/40_cache.ipynb #9a945599
+# %% ../nbs/40_cache.ipynb #6351d07d
 SILENT = 1e-4   # the weight of a key that would speak against its own class
 
 def _class_keys(pooled, k, clustered, seed):
@@ -127,7 +127,7 @@ def _class_keys(pooled, k, clustered, seed):
     if k == 0 or not len(pooled): return pooled[:0]
     return cluster_keys(pooled, k, seed) if clustered else F.normalize(pooled.float(), dim=-1)
 
-# %% ../nbs/40_cache.ipynb #e917423a
+# %% ../nbs/40_cache.ipynb #19517ed2
 def cache_from_pooled(
     foreground: Tensor,              # (n, d) pooled objects (8); zero rows are dropped
     background: Tensor,              # (n, d) pooled backgrounds; zero rows are dropped
@@ -153,7 +153,7 @@ def cache_from_pooled(
                silenced=int((V < 0).any(1).sum()), per_class={classes[c]: int((y == c).sum()) for c in present})
     return Cache(torch.cat(pos + neg), torch.where(V < 0, SILENT, V), classes, {**(meta or {}), **how})
 
-# %% ../nbs/40_cache.ipynb #481f1908
+# %% ../nbs/40_cache.ipynb #19068dcb
 def cache_from_features(
     features: Tensor,   # (n, N, d) patch features
     masks: Tensor,      # (n, N) foreground masks in [0, 1]
@@ -165,7 +165,7 @@ def cache_from_features(
     "Pool, cluster, weigh: equations (8)-(10) without any model"
     return cache_from_pooled(masked_average_pool(features, masks), masked_average_pool(features, 1 - masks.float()), class_index, text, classes, **how)
 
-# %% ../nbs/40_cache.ipynb #fb192f99
+# %% ../nbs/40_cache.ipynb #c6f78ab5
 def class_images(images, name: str, limit: int):
     "The first `limit` pictures of one class, from {name: arrays} or from a folder <name>/<i>.png; raises ValueError when there are none"
     if isinstance(images, (str, Path)):
@@ -173,7 +173,7 @@ def class_images(images, name: str, limit: int):
         files = sorted((Path(images) / name).glob("*.png"), key=lambda f: (len(f.stem), f.stem))
         found = [np.array(Image.open(f).convert("RGB")) for f in files[:limit]]
     else: found = list(images.get(name, ()))[:limit]
-    if not found: raise ValueError(f"no pictures of {name!r}: generate them with diclip.sd.generate_pool, or leave the class out with only=")
+    if not found: raise ValueError(f"no pictures of {name!r}: generate them with diclip.imagepool.generate_pool, or leave the class out with only=")
     return found
 
 def _pooled(path, key, compute):
@@ -188,14 +188,20 @@ def _pooled(path, key, compute):
     if path is not None: atomic_write(path, save({"foreground": fg.contiguous(), "background": bg.contiguous()}, {"key": key}))
     return fg, bg
 
-# %% ../nbs/40_cache.ipynb #73ac2e98
-_RECIPE = "crop timestep groups layers tau_n alpha rounds propagation fusion readout mask_threshold prompt templates".split()
+# %% ../nbs/40_cache.ipynb #e2fc7ce1
+_RECIPE = "crop timestep groups layers tau_n alpha rounds propagation fusion readout mask_threshold templates".split()
 
 def _origin(clip, sd, profile, masks, par):
     "What the pooled vectors depend on, beside the pictures"
     fingerprint = None if sd is None else getattr(sd, "fingerprint", type(sd).__name__)
     kind = "given" if masks else "par" if par else "cam"
     return {"clip": clip.fingerprint, "sd": fingerprint, "grid": [profile.crop // clip.patch] * 2, "masks": kind, **{k: getattr(profile, k) for k in _RECIPE}}
+
+def _pool(images):
+    "How a folder of pictures was generated, from the note that `generate_pool` left there"
+    note = isinstance(images, (str, Path)) and Path(images) / "pool.json"
+    pool = json.loads(note.read_text()) if note and note.exists() else None
+    return {"pool": pool, "prompt": pool and pool.get("prompt")}
 
 def _versions():
     "Versions of the libraries that have a say in the numbers"
@@ -204,7 +210,7 @@ def _versions():
         except metadata.PackageNotFoundError: return None
     return {n: one(n) for n in ("torch", "open_clip_torch", "diffusers", "scikit-learn")}
 
-# %% ../nbs/40_cache.ipynb #71146681
+# %% ../nbs/40_cache.ipynb #b4e34d1d
 def build_cache(
     clip, sd,               # `DenseCLIP`; `StableDiffusion`, a stand-in, or None for raw CLIP
     images,                 # {class: list of (H, W, 3) uint8 arrays}, or a folder of <class>/<i>.png
@@ -227,10 +233,10 @@ def build_cache(
         path, key = workdir and Path(workdir) / f"{name}.safetensors", _digest(origin, text[c].cpu(), *shots, *map(np.asarray, given or ()))
         pooled.append(_pooled(path, key, lambda: pool_images(clip, sd, shots, text[c], profile, given, par, batch)))
         index += [c] * len(shots)
-    meta = {"name": profile.name, **origin, "versions": _versions(), **how.pop("meta", {})}
+    meta = {"name": profile.name, **origin, **_pool(images), "versions": _versions(), **how.pop("meta", {})}
     return cache_from_pooled(*map(torch.cat, zip(*pooled)), index, text, profile.classes, profile.centroids, profile.background_centroids, meta=meta, **how)
 
-# %% ../nbs/40_cache.ipynb #43239f39
+# %% ../nbs/40_cache.ipynb #1e1954ed
 def tsne(
     vectors: Tensor,          # (n, d), at least 3
     perplexity: float = 15.,  # neighbors that count; lowered for few vectors

@@ -6,14 +6,14 @@
 __all__ = ['PROMPT', 'VOC_CLASSES', 'BACKGROUND_WORDS', 'VOC', 'COCO_CLASSES', 'COCO', 'MINI_CLASSES', 'MINI', 'PROFILES',
            'Profile', 'profile']
 
-# %% ../nbs/00_config.ipynb #e7fbbe39
+# %% ../nbs/00_config.ipynb #27ece338
 from dataclasses import dataclass, fields, replace
 
-# %% ../nbs/00_config.ipynb #f8243707
+# %% ../nbs/00_config.ipynb #35a608f5
 PROMPT = ("a realistic photograph of a fully visible, entire {category} with natural colors, centered in the image, with a clear and distinct background, "
           "high color contrast, and the {category} not occupying the entire frame, ensuring it is completely visible without cropping.")
 
-# %% ../nbs/00_config.ipynb #9c828458
+# %% ../nbs/00_config.ipynb #2cd1aecf
 @dataclass(frozen=True)
 class Profile:
     "Everything that DiCLIP needs to know about a data set and a pair of models."
@@ -39,7 +39,7 @@ class Profile:
     tau_n: float = .2                    # tau * N of (6): 5e-4 at N = 400 (Table VI c)
     alpha: float = 1.                    # weight of the diffusion attention (7) (Table VI d)
     rounds: int = 3                      # n of (6) (Table VII)
-    propagation: str = "average"         # the form of (6), lost in the text (chosen by measurement)
+    propagation: str = "promote"           # the form of (6), lost in the text (21_acr, experiments/choices)
     fusion: str = "additive"             # (7), alternatives in Table XII
     readout: str = "progressive"         # where the enhanced features are read (III-C, the last sentence; 10_clip)
     # C. cache
@@ -64,7 +64,7 @@ class Profile:
         "(h, w), CLIP's patch grid at the profile's crop."
         return (self.crop // self.patch,) * 2
 
-# %% ../nbs/00_config.ipynb #30e1f0fb
+# %% ../nbs/00_config.ipynb #bef4bfab
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
                "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 _RENAMED = {"bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tvmonitor": "tvmonitor screen"}
@@ -72,7 +72,7 @@ BACKGROUND_WORDS = ("ground", "land", "grass", "tree", "building", "wall", "sky"
                     "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley", "bridge", "sign")
 VOC = Profile("voc", VOC_CLASSES, tuple(_RENAMED.get(c, c) for c in VOC_CLASSES), BACKGROUND_WORDS)
 
-# %% ../nbs/00_config.ipynb #0ac1d6d8
+# %% ../nbs/00_config.ipynb #3cd14539
 COCO_CLASSES = tuple("""person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,
 sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,
 tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,
@@ -80,7 +80,7 @@ dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,to
                      .replace("\n", "").split(","))
 COCO = Profile("coco", COCO_CLASSES, COCO_CLASSES, BACKGROUND_WORDS, centroids=5)
 
-# %% ../nbs/00_config.ipynb #f8c45e75
+# %% ../nbs/00_config.ipynb #6131fa50
 MINI_CLASSES = ("boat", "plane", "bird", "car", "train", "cat", "bottle", "chair")
 MINI = Profile("mini", MINI_CLASSES, MINI_CLASSES, ("water", "sky", "road", "rails", "indoor", "grass"), ("a photo of a {}",),
                clip="weights/mini_clip", clip_weights="", sd="weights/mini_sd", sd_alternatives=(), crop=96, patch=8, size=96,
@@ -91,7 +91,7 @@ MINI = Profile("mini", MINI_CLASSES, MINI_CLASSES, ("water", "sky", "road", "rai
 
 PROFILES = {p.name: p for p in (MINI, VOC, COCO)}
 
-# %% ../nbs/00_config.ipynb #ba35e60b
+# %% ../nbs/00_config.ipynb #f3104bea
 def profile(
     name: str = "mini",     # "mini", "voc" or "coco"
     **overrides,            # settings to change, e.g. rounds=0

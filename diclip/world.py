@@ -7,13 +7,13 @@ __all__ = ['SIZE', 'OVERSAMPLE', 'BACKGROUNDS', 'Y', 'X', 'HOME', 'COMPANIONS', 
            'MIN_PIXELS', 'noise', 'hsv', 'random_color', 'textured', 'background', 'paint', 'Scene', 'caption',
            'render']
 
-# %% ../nbs/01_world.ipynb #eb28e2f5
+# %% ../nbs/01_world.ipynb #be7454cf
 from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 from .shapes import CLASSES, silhouette, box, oval
 
-# %% ../nbs/01_world.ipynb #40dbf60f
+# %% ../nbs/01_world.ipynb #281264e1
 SIZE, OVERSAMPLE = 96, 3
 BACKGROUNDS = ("water", "sky", "road", "rails", "indoor", "grass")
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
@@ -41,7 +41,7 @@ def textured(rng, color):
     elif kind == 2: flat = (.8 + .4 * (Y if rng.random() < .5 else X))[..., None]
     return flat * color
 
-# %% ../nbs/01_world.ipynb #bd50f2b0
+# %% ../nbs/01_world.ipynb #d00e48d4
 def _sky(rng):
     top, low = hsv(rng.uniform(.5, .66), rng.uniform(.15, .6), rng.uniform(.6, 1)), hsv(rng.uniform(.5, .7), rng.uniform(.05, .35), rng.uniform(.75, 1))
     cloud = np.clip(noise(rng, 4, 3) - .2, 0, 1)[..., None] * rng.uniform(0, .6)
@@ -79,7 +79,7 @@ def _wall(rng):
     if kind == 2: wall = 1 + .1 * (np.sin(X * rng.uniform(15, 40)) * np.sin(Y * rng.uniform(15, 40)) > 0)[..., None]
     return wall * hsv(rng.random(), rng.uniform(.05, .5), rng.uniform(.5, .95))
 
-# %% ../nbs/01_world.ipynb #2af10e3b
+# %% ../nbs/01_world.ipynb #ca4ab122
 def background(rng, kind):
     "A (SIZE, SIZE, 3) background of one of `BACKGROUNDS`, with a horizon at a random height."
     if kind == "sky": return _sky(rng)
@@ -89,7 +89,7 @@ def background(rng, kind):
     near = dict(water=_water, grass=_grass, road=_road, rails=_rails, indoor=_floor)[kind](rng, depth)
     return np.where((Y > horizon)[..., None], near, far)
 
-# %% ../nbs/01_world.ipynb #b1da3ee1
+# %% ../nbs/01_world.ipynb #c91ab30c
 def _coverage(points):
     "The share (SIZE, SIZE) of every pixel inside a polygon given in image units [0, 1], and its bounding slices."
     n = SIZE * OVERSAMPLE
@@ -114,7 +114,7 @@ def paint(rng, image, parts):
         covered[at] = np.maximum(covered[at], hit[0])
     return covered
 
-# %% ../nbs/01_world.ipynb #45809324
+# %% ../nbs/01_world.ipynb #27f4b437
 def _pose(parts, x, y, scale, angle, mirror, stretch):
     c, s = np.cos(angle), np.sin(angle)
     turn = np.array([[c, s], [-s, c]]) * scale
@@ -138,7 +138,7 @@ def _clutter(rng, image):
         shape = oval(x, y, r, r * rng.uniform(.5, 1.2)) if rng.random() < .5 else box(x-r, y-r*rng.uniform(.3, 1.5), x+r, y+r)
         paint(rng, image, [(shape, 0)])
 
-# %% ../nbs/01_world.ipynb #92aab265
+# %% ../nbs/01_world.ipynb #b58690cc
 HOME = dict(boat="water", plane="sky", bird="grass", car="road", train="rails", cat="indoor", bottle="indoor", chair="indoor")
 COMPANIONS = dict(boat=("bird", "boat"), plane=("bird", "plane"), bird=("boat", "cat"), car=("train", "car"),
                   train=("car", "bird"), cat=("chair", "bottle"), bottle=("chair", "cat"), chair=("bottle", "cat"))
@@ -170,7 +170,7 @@ def caption(rng, labels, background):
     things = " and ".join(f"a {n}" for n in names) or "nothing"
     return f"{start} {things}" + (f" on {background}" if rng.random() < .7 else "")
 
-# %% ../nbs/01_world.ipynb #d54c8c5a
+# %% ../nbs/01_world.ipynb #809add10
 def render(
     index: int,                 # which scene of the split, 0 or more
     split: str = "train",       # a key of `SPLITS`; scenes of two splits never share a seed

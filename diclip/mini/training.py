@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['schedule', 'save_state', 'load_state', 'fit', 'read_log']
 
-# %% ../../nbs/mini/11_training.ipynb #c158a24d
+# %% ../../nbs/mini/11_training.ipynb #88ff8ac8
 import json, os, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-# %% ../../nbs/mini/11_training.ipynb #3fbe3f12
+# %% ../../nbs/mini/11_training.ipynb #6a46246f
 def schedule(
     progress: float,      # share of the budget that is used, 0 to 1
     warm: float = .02,    # share spent warming up
@@ -20,7 +20,7 @@ def schedule(
     "Trapezoidal learning-rate factor."
     return max(0., min(1., progress / warm + .01, (1 - progress) / fall))
 
-# %% ../../nbs/mini/11_training.ipynb #efde9ced
+# %% ../../nbs/mini/11_training.ipynb #59dda3da
 def _flatten(model, average, optimizer):
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
@@ -51,7 +51,7 @@ def load_state(folder, model, average, optimizer) -> dict:
     if state: optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "counters.json").read_text())
 
-# %% ../../nbs/mini/11_training.ipynb #be791257
+# %% ../../nbs/mini/11_training.ipynb #b0e7049b
 def _step(model, optimizer, loss, clip):
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -63,7 +63,7 @@ def _average(average, model, step, decay):
     for k, v in model.state_dict().items():
         average[k].lerp_(v.detach().to(average[k].device), 1 - d) if v.is_floating_point() else average[k].copy_(v)
 
-# %% ../../nbs/mini/11_training.ipynb #d1cdfb5e
+# %% ../../nbs/mini/11_training.ipynb #b55a2c04
 def fit(
     model,                    # an nn.Module
     batch_loss,               # batch_loss(step) -> (loss tensor, {name: float} to log)
@@ -98,7 +98,7 @@ def fit(
             _average(average, model, counters["step"], decay)
             counters |= dict(step=counters["step"] + 1, pictures=counters["pictures"] + batch, seconds=before + spent)
             n, sums = n + 1, {k: sums.get(k, 0.) + v for k, v in seen.items()}
-        if progress >= 1 or counters["step"] % every == 0:
+        if n and (progress >= 1 or counters["step"] % every == 0):
             _log(folder, counters, {k: v / max(n, 1) for k, v in sums.items()}); sums, n = {}, 0
         if progress >= 1 or time.time() - saved > 60 * save_minutes:
             save_state(folder, model, average, optimizer, counters); saved = time.time()

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['corpus', 'learn_merges', 'write_open_clip', 'write_transformers']
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #96061a8b
+# %% ../../nbs/mini/12_vocabulary.ipynb #ed404318
 import gzip, json
 from pathlib import Path
 from ..config import MINI, PROMPT
 from ..world import BACKGROUNDS, CLASSES
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #891ae358
+# %% ../../nbs/mini/12_vocabulary.ipynb #b0e99c6b
 def corpus() -> list:
     "Sentences with every word that the mini models meet."
     starts = ("a photo of", "a picture of", "an image of", "a clean origami")
     sentences = [f"{s} a {c} and a {c} on {b}" for s in starts for c in CLASSES for b in BACKGROUNDS]
     return sentences + [PROMPT.format(category=c) for c in CLASSES] * 20 + ["nothing on"] * 20
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #90bb9614
+# %% ../../nbs/mini/12_vocabulary.ipynb #9fc84330
 def learn_merges(
     sentences: list,     # training text
     size: int = 400,     # most merges to learn
@@ -31,7 +31,7 @@ def learn_merges(
     tok.train_from_iterator(sentences, trainer)
     return [tuple(m) for m in json.loads(tok.to_str())["model"]["merges"]]
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #d6a5bec2
+# %% ../../nbs/mini/12_vocabulary.ipynb #385c69d8
 def _bytes():
     from open_clip.tokenizer import bytes_to_unicode
     return list(bytes_to_unicode().values())
