@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['experiment_notebook', 'run_notebook', 'write_report', 'diclip_repro']
 
-# %% ../nbs/66_cli.ipynb #8e419579
+# %% ../nbs/66_cli.ipynb #19360844
 import json, os, time
 from pathlib import Path
 from fastcore.script import Param, call_parse
 
-# %% ../nbs/66_cli.ipynb #d82e660b
+# %% ../nbs/66_cli.ipynb #5b7ef0cc
 def experiment_notebook(name: str) -> Path:
     "The path of an experiment notebook. Raises FileNotFoundError outside a clone."
     path = Path(__file__).parent.parent / "nbs/experiments" / f"{name}.ipynb"
@@ -40,7 +40,7 @@ def write_report(notebook) -> Path:
     path.write_text(html, encoding="utf-8")
     return path
 
-# %% ../nbs/66_cli.ipynb #a57b5a06
+# %% ../nbs/66_cli.ipynb #42639bf1
 @call_parse
 def diclip_repro(
     profile: str = "mini",     # "mini", "voc" or "coco"

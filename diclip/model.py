@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DiCLIP']
 
-# %% ../nbs/64_model.ipynb #4edabd13
+# %% ../nbs/64_model.ipynb #7cbaadc8
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -16,11 +16,12 @@ from .cam import patch_text_cam, resize_maps
 from .clip import load_clip
 from .config import Profile, profile as get_profile
 from .data import Sample, batch_images, read_image, to_rgb
+from .keys import vce_features
 from .retrieval import cache_cam, static_cam
 from .sd import load_sd
-from .vce import enhanced_features, fuse_attention
+from .vce import fuse_attention
 
-# %% ../nbs/64_model.ipynb #b06e473a
+# %% ../nbs/64_model.ipynb #665fd061
 class DiCLIP:
     "CLIP and Stable Diffusion, both frozen, connected as in Figure 2. Raises ValueError for a cache of other classes or another CLIP."
     def __init__(
@@ -55,7 +56,7 @@ class DiCLIP:
         p = name if isinstance(name, Profile) else get_profile(name, **overrides)
         return cls(load_clip(p, device, dtype), load_sd(p, device, dtype), p, cache)
 
-# %% ../nbs/64_model.ipynb #7452511c
+# %% ../nbs/64_model.ipynb #c38a5016
 def _as_array(image):
     if isinstance(image, Sample): return image.image
     return read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
@@ -75,7 +76,7 @@ def prepare(
     arrays = [_as_array(x) for x in images]
     return batch_images(arrays, self.profile.crop).to(self.device), [a.shape[:2] for a in arrays]
 
-# %% ../nbs/64_model.ipynb #28534764
+# %% ../nbs/64_model.ipynb #be3191a2
 @patch
 @torch.no_grad()
 def refined(self: DiCLIP, x: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def attention(self: DiCLIP, images) -> dict:
     fused = fuse_attention(clip, refined, alpha=self.profile.alpha, mode=self.profile.fusion)
     return dict(clip=clip.mean(1)[:, 1:, 1:], sd=raw, refined=refined, fused=fused.mean(1)[:, 1:, 1:])
 
-# %% ../nbs/64_model.ipynb #c813eb9f
+# %% ../nbs/64_model.ipynb #96b6ffd4
 @patch
 def class_indices(
     self: DiCLIP,
@@ -115,7 +116,7 @@ def class_indices(
 def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:
     "(B, C, N) CAMs of prepared images: (1) on VCE features, plus the cache's share (11) if there is one."
     p = self.profile
-    F = enhanced_features(self.clip, x, self.refined(x)[0], layers=p.layers, alpha=p.alpha, mode=p.fusion, readout=p.readout)
+    F = vce_features(self.clip, self.sd, x, p)
     M = patch_text_cam(F, self.text, labels, remove_redundancy=p.redundancy)
     return M if self.cache is None else static_cam(M, cache_cam(F, self.cache, p.sharpness), p.beta)
 

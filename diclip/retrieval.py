@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['retrieve', 'split_cache_output', 'suppress_background', 'cache_cam', 'static_cam']
 
-# %% ../nbs/50_retrieval.ipynb #2a76f9b1
+# %% ../nbs/50_retrieval.ipynb #7c5602cb
 import torch
 from torch import Tensor
 from .cam import minmax
 
-# %% ../nbs/50_retrieval.ipynb #15f14a5f
+# %% ../nbs/50_retrieval.ipynb #4abd82a7
 def retrieve(
     features: Tensor,         # (B, N, d) queries, L2-normalised
     keys: Tensor,             # (n, d), L2-normalised
@@ -26,7 +26,7 @@ def retrieve(
     K, V = keys.to(features), values.to(features)
     return torch.exp(-sharpness * (1 - features @ K.T)) @ V
 
-# %% ../nbs/50_retrieval.ipynb #f84797ee
+# %% ../nbs/50_retrieval.ipynb #1eef6fe9
 def split_cache_output(
     out: Tensor,   # (B, N, C + 1) from `retrieve`; the last column is the background
 ):                 # foreground (B, C, N), background (B, N)
@@ -34,7 +34,7 @@ def split_cache_output(
     if out.ndim != 3 or out.shape[-1] < 2: raise ValueError(f"votes must be (B, N, C + 1), not {tuple(out.shape)}: the values need C class columns and the background's")
     return out[..., :-1].transpose(1, 2), out[..., -1]
 
-# %% ../nbs/50_retrieval.ipynb #413330e4
+# %% ../nbs/50_retrieval.ipynb #87b93e75
 def suppress_background(
     fg: Tensor,   # (B, C, N) foreground votes
     bg: Tensor,   # (B, N) background votes
@@ -44,7 +44,7 @@ def suppress_background(
         raise ValueError(f"foreground (B, C, N) needs background (B, N), not {tuple(fg.shape)} and {tuple(bg.shape)}: use split_cache_output")
     return fg * (1 - minmax(bg))[:, None]
 
-# %% ../nbs/50_retrieval.ipynb #19f2067b
+# %% ../nbs/50_retrieval.ipynb #516c6556
 def cache_cam(
     features: Tensor,         # (B, N, d), L2-normalised
     cache,                    # `Cache`: keys (n, d), values (n, C + 1)
@@ -55,7 +55,7 @@ def cache_cam(
     fg, bg = split_cache_output(retrieve(features, cache.keys, cache.values, sharpness))
     return minmax(suppress_background(fg, bg) if negative else fg)
 
-# %% ../nbs/50_retrieval.ipynb #05e8ed67
+# %% ../nbs/50_retrieval.ipynb #219398d7
 def static_cam(
     vce: Tensor,              # (B, C, N) patch-text CAM of the VCE features, in [0, 1]
     cache: Tensor,            # (B, C, N) from `cache_cam`, in [0, 1]

@@ -6,11 +6,12 @@
 __all__ = ['MEAN', 'STD', 'clip_config', 'new_clip', 'caption_loss', 'word_loss', 'word_prompts', 'ClipLoss', 'average_precision',
            'train_clip', 'ship_clip']
 
-# %% ../../nbs/mini/20_clip.ipynb #a121bae1
+# %% ../../nbs/mini/20_clip.ipynb #feadfd35
 import json, os
 from pathlib import Path
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from ..clip import load_tokenizer, mini_clip
 from .pool import WORDS, named, read_pool
@@ -18,7 +19,7 @@ from .training import fit, read_log
 from .vocabulary import corpus, learn_merges, write_open_clip
 from ..world import BACKGROUNDS, CLASSES, render
 
-# %% ../../nbs/mini/20_clip.ipynb #dacda327
+# %% ../../nbs/mini/20_clip.ipynb #4c16bc4f
 MEAN, STD = (.5, .5, .5), (.25, .25, .25)
 
 def clip_config(vocab_size, dropout=0.):
@@ -36,7 +37,7 @@ def new_clip(folder, dropout=.5):
     config = clip_config(512 + len(merges) + 2, dropout)
     return mini_clip(config), load_tokenizer(folder / "bpe.txt.gz", config)
 
-# %% ../../nbs/mini/20_clip.ipynb #5795fc00
+# %% ../../nbs/mini/20_clip.ipynb #647178ce
 def caption_loss(image, text, tokens, scale):
     "CLIP's symmetric cross-entropy; equal captions share the target."
     logits = scale * image @ text.T
@@ -52,7 +53,7 @@ def word_loss(image, words, answers, scale, bias):
 
 def word_prompts(): return [f"a photo of a {c}" for c in CLASSES] + [f"a photo of {b}" for b in BACKGROUNDS]
 
-# %% ../../nbs/mini/20_clip.ipynb #faaf7fd8
+# %% ../../nbs/mini/20_clip.ipynb #dbb8eea2
 class ClipLoss:
     "Draws a batch and computes the loss; the callable that `fit` wants."
     def __init__(self, model, tokenizer, pool, batch=64, portraits=.25, seed=0, device="cpu"):
@@ -83,7 +84,7 @@ class ClipLoss:
         words = word_loss(image, text[len(t):], y, m.word_scale.exp(), m.word_bias)
         return .3 * captions + 4 * words, dict(captions=captions.item(), words=words.item())
 
-# %% ../../nbs/mini/20_clip.ipynb #b2014f17
+# %% ../../nbs/mini/20_clip.ipynb #0a609a26
 def average_precision(
     model, tokenizer,       # an open_clip model and its tokenizer
     scenes: list,           # rendered scenes
@@ -99,17 +100,19 @@ def average_precision(
     score, truth = (f @ t.T).cpu().numpy(), np.array([[c in s.labels for c in range(len(CLASSES))] for s in scenes])
     return np.array([average_precision_score(truth[:, c], score[:, c]) if truth[:, c].any() else np.nan for c in range(len(CLASSES))])
 
-# %% ../../nbs/mini/20_clip.ipynb #9fee8282
+# %% ../../nbs/mini/20_clip.ipynb #1aeea8df
 def train_clip(
     folder,                   # checkpoint, log and merges
     pool,                     # the pre-training pool
     minutes: float = None, steps: int = None,   # the budget
     batch: int = 64, rate: float = 1.2e-3, device: str = "cpu", seed: int = 0,
     dropout: float = .5,      # share of patches that are dropped; finish with 0
+    start=None,               # a shipped folder to start from where there is no checkpoint
 ):
     "Train or continue the mini CLIP; returns (model with averaged weights, tokenizer)."
     torch.manual_seed(seed)
     model, tokenizer = new_clip(folder, dropout)
+    if start and not (Path(folder) / "state.safetensors").exists(): model.load_state_dict(load_file(Path(start) / "open_clip_model.safetensors"))
     model.to(device)
     done = len(read_log(folder)) if (Path(folder) / "log.jsonl").exists() else 0
     loss = ClipLoss(model, tokenizer, pool, batch, seed=seed + done, device=device)
@@ -121,7 +124,7 @@ def train_clip(
     model.load_state_dict(average)
     return model.eval(), tokenizer
 
-# %% ../../nbs/mini/20_clip.ipynb #7a4236ac
+# %% ../../nbs/mini/20_clip.ipynb #8be19b9d
 def ship_clip(
     model, folder,         # what `train_clip` returned; where to write
 ):

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULE', 'new_unet', 'new_text_encoder', 'Denoiser', 'Latents', 'time_steps', 'DiffusionLoss', 'train_unet',
            'ship_sd']
 
-# %% ../../nbs/mini/40_unet.ipynb #c92f39ae
+# %% ../../nbs/mini/40_unet.ipynb #45136f53
 import os
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from .pool import read_pool
 from .training import fit, read_log
 from .vocabulary import corpus, learn_merges, write_transformers
 
-# %% ../../nbs/mini/40_unet.ipynb #6890f0d3
+# %% ../../nbs/mini/40_unet.ipynb #0d478f4f
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, prediction_type="v_prediction")
 
 def new_unet():
@@ -34,7 +34,7 @@ def new_text_encoder(tokenizer):
                             max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end, projection_dim=64)
     return CLIPTextModel(config)
 
-# %% ../../nbs/mini/40_unet.ipynb #1b55014e
+# %% ../../nbs/mini/40_unet.ipynb #0483fdae
 class Denoiser(torch.nn.Module):
     "Text encoder and UNet as one trainable module."
     def __init__(self, folder):
@@ -51,7 +51,7 @@ class Denoiser(torch.nn.Module):
         unique, back = ids.unique(dim=0, return_inverse=True)
         return self.unet(z, t, self.text(unique).last_hidden_state[back]).sample
 
-# %% ../../nbs/mini/40_unet.ipynb #1a17747b
+# %% ../../nbs/mini/40_unet.ipynb #dae27c8c
 class Latents:
     "Both pools as latents, encoded the first time that a picture is drawn."
     def __init__(self, vae, pool, model, portraits=.6, seed=0, device="cpu"):
@@ -76,7 +76,7 @@ class Latents:
         ids[torch.from_numpy(self.rng.random(n) < .1)] = self.null
         return self.z[index].to(self.device), ids.to(self.device)
 
-# %% ../../nbs/mini/40_unet.ipynb #4e11d5fb
+# %% ../../nbs/mini/40_unet.ipynb #73ff496b
 def time_steps(n, rng):
     "Half uniform over the schedule, half around its middle."
     middle = np.clip(rng.normal(450, 180, n), 0, 999)
@@ -95,15 +95,20 @@ class DiffusionLoss:
         loss = F.mse_loss(self.model(self.noise.add_noise(z, e, t), t, ids), self.noise.get_velocity(z, e, t))
         return loss, dict(loss=loss.item())
 
-# %% ../../nbs/mini/40_unet.ipynb #afcc1cd3
+# %% ../../nbs/mini/40_unet.ipynb #95f89daa
 def train_unet(
     folder, pool, vae,         # checkpoint and log; the pre-training pool; a trained autoencoder
     minutes: float = None, steps: int = None,   # the budget
     batch: int = 48, rate: float = 8e-4, device: str = "cpu", seed: int = 0,
+    start=None,                # a shipped pipeline folder to start from where there is no checkpoint
 ):
     "Train or continue the mini diffusion model; returns a `Denoiser` with averaged weights."
     torch.manual_seed(seed)
-    model = Denoiser(folder).to(device)
+    model = Denoiser(folder)
+    if start and not (Path(folder) / "state.safetensors").exists():
+        model.unet = type(model.unet).from_pretrained(start, subfolder="unet", torch_dtype=torch.float32)
+        model.text = type(model.text).from_pretrained(start, subfolder="text_encoder", dtype=torch.float32)
+    model.to(device)
     done = len(read_log(folder)) if (Path(folder) / "log.jsonl").exists() else 0
     latents = Latents(vae.to(device).eval(), pool, model, seed=seed + done, device=device)
     torch.manual_seed(seed + done)
