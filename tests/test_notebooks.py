@@ -13,6 +13,8 @@ SMALL = {"components": dict(n_train=24, n_val=24, seeds=1, per_class=12, draws=5
 def quiet(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    torch.set_grad_enabled(True)   # notebooks share this process, and some of them switch it off
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())

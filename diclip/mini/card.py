@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['off_context', 'judge_net', 'train_judge', 'accuracy']
 
-# %% ../../nbs/mini/50_card.ipynb #03319fc1
+# %% ../../nbs/mini/50_card.ipynb #70649441
 import hashlib, json
 from pathlib import Path
 import numpy as np
@@ -14,7 +14,7 @@ from torch import nn
 from .pool import pool_item
 from ..world import BACKGROUNDS, CLASSES, HOME, render
 
-# %% ../../nbs/mini/50_card.ipynb #e7fc24dc
+# %% ../../nbs/mini/50_card.ipynb #502e1099
 def off_context(
     count: int,      # scenes
     split="val",
@@ -27,7 +27,7 @@ def off_context(
         scenes.append(render(10_000 + i, split, [CLASSES[c] for c in labels], rng.choice([b for b in BACKGROUNDS if b not in homes])))
     return scenes
 
-# %% ../../nbs/mini/50_card.ipynb #73ebc4ea
+# %% ../../nbs/mini/50_card.ipynb #da203dfb
 def judge_net():
     "A small convolutional classifier of 96 x 96 images into the eight classes."
     layer = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
