@@ -90,3 +90,20 @@ def test_alpha_zero_is_clip(mini, scenes):
     R, _ = mini.refined(x)
     F = enhanced_features(mini.clip, x, R, layers=3, alpha=0., readout="inplace")
     torch.testing.assert_close(F, mini.clip.dense(x).patches, atol=1e-5, rtol=0)
+
+
+def test_true_topologies_at_random_weights_and_voc_settings(tmp_path):
+    "ViT-B/16 at its true size and SD 2.1's topology at reduced width, 320 x 320, 20 x 20 patches."
+    import open_clip
+    from helpers_sd import random_sd21_topology_reduced_width
+    from diclip.clip import DenseCLIP
+    from diclip.sd import load_sd
+    folder = random_sd21_topology_reduced_width(tmp_path / "sd21") or tmp_path / "sd21"
+    p = profile("voc", sd=str(folder), sd_alternatives=())
+    clip = DenseCLIP(open_clip.create_model("ViT-B-16-quickgelu", pretrained=None), open_clip.get_tokenizer("ViT-B-16-quickgelu"), templates=p.templates)
+    model = DiCLIP(clip, load_sd(p), p)
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    A = model.attention([image])
+    assert all(a.shape == (1, 400, 400) for a in A.values())
+    M = model.cams([image], [["boat", "person"]])[0]
+    assert M.shape == (2, 60, 90) and M.isfinite().all() and 0 <= M.min() and M.max() <= 1

@@ -39,3 +39,13 @@ def test_a_committed_record_fits_its_experiment():
     assert record["parameters"]["n_val"] == 400 and record["parameters"]["seeds"] >= 3
     assert set(record["results"]) >= {"center prior", "baseline CLIP", "+ VCE without ACR", "+ VCE", "+ positive cache", "+ negative cache",
                                       "untrained UNet", "color similarity", "rolled labels", "oracle attention"}
+
+
+def test_components_run_on_a_folder_in_voc_format(tmp_path):
+    from diclip.cli import run_notebook
+    from diclip.data import MiniWorld, export_voc
+    for split in ("train", "val"):
+        export_voc(MiniWorld(split, 16)[:], tmp_path / "VOC2012", split)
+    small = dict(SMALL["components"], n_train=16, n_val=16)
+    record = run_notebook("components", tmp_path / "out", profile="mini", data=str(tmp_path / "VOC2012"), **small)
+    assert record["parameters"]["n_val"] == 16 and record["results"]["+ negative cache"]["miou"] > 0
