@@ -328,6 +328,8 @@ d = { 'settings': { 'branch': 'main',
                               'diclip.world.hsv': ('world.html#hsv', 'diclip/world.py'),
                               'diclip.world.noise': ('world.html#noise', 'diclip/world.py'),
                               'diclip.world.paint': ('world.html#paint', 'diclip/world.py'),
+                              'diclip.world.pattern': ('world.html#pattern', 'diclip/world.py'),
                               'diclip.world.random_color': ('world.html#random_color', 'diclip/world.py'),
                               'diclip.world.render': ('world.html#render', 'diclip/world.py'),
+                              'diclip.world.surface': ('world.html#surface', 'diclip/world.py'),
                               'diclip.world.textured': ('world.html#textured', 'diclip/world.py')}}}
