@@ -6,17 +6,18 @@
 __all__ = ['VOC_FOLDERS', 'VOC_HELP', 'Sample', 'to_rgb', 'read_image', 'batch_images', 'multi_hot', 'MiniWorld', 'voc_palette',
            'export_voc', 'VOC', 'open_dataset']
 
-# %% ../nbs/02_data.ipynb #d480db54
+# %% ../nbs/02_data.ipynb #61d8cbff
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 from .config import VOC_CLASSES
 from .world import CLASSES, SPLIT_SIZE, SPLITS, render
 
-# %% ../nbs/02_data.ipynb #03b89457
+# %% ../nbs/02_data.ipynb #fe94b563
 @dataclass(frozen=True)
 class Sample:
     "One image with its labels."
@@ -25,7 +26,7 @@ class Sample:
     labels: tuple               # sorted class indices, 0 to C - 1
     mask: np.ndarray | None     # (H, W) uint8: 0 background, c + 1 class c, 255 ignore; None where there is no annotation
 
-# %% ../nbs/02_data.ipynb #be30a70f
+# %% ../nbs/02_data.ipynb #743bcadb
 def to_rgb(image) -> np.ndarray:
     "A PIL image or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array as (H, W, 3) uint8. Raises ValueError for other shapes and for NaN."
     if isinstance(image, Image.Image):
@@ -44,6 +45,7 @@ def to_rgb(image) -> np.ndarray:
     if x.ndim == 2: x = np.repeat(x[..., None], 3, 2)
     return x if x.shape[2] == 3 else to_rgb(Image.fromarray(x, "RGBA"))
 
+# %% ../nbs/02_data.ipynb #324211f9
 def read_image(path) -> np.ndarray:   # (H, W, 3) uint8
     "An image file as RGB. Raises ValueError that names a missing, truncated or foreign file."
     if not Path(path).is_file(): raise ValueError(f"no image file {path}: check the path")
@@ -54,7 +56,7 @@ def read_image(path) -> np.ndarray:   # (H, W, 3) uint8
     except (OSError, SyntaxError) as e:
         raise ValueError(f"cannot read {Path(path).name} as an image ({e}): the file is damaged or incomplete, replace it or leave it out") from None
 
-# %% ../nbs/02_data.ipynb #9116da52
+# %% ../nbs/02_data.ipynb #fca21f8e
 def batch_images(
     samples,          # samples or (H, W, 3) uint8 arrays
     size: int,        # target height and width, pixels
@@ -72,7 +74,7 @@ def multi_hot(samples, num_classes: int):   # (B, num_classes) bool tensor
     for i, s in enumerate(samples): out[i, list(s.labels)] = True
     return out
 
-# %% ../nbs/02_data.ipynb #3ac2e9ed
+# %% ../nbs/02_data.ipynb #f0176319
 class MiniWorld(Sequence):
     "The rendered world as a data set; splits train (3,000), val (400) and test (400)."
     classes = CLASSES
@@ -89,7 +91,7 @@ class MiniWorld(Sequence):
         s = render(i, self.split)
         return Sample(f"{self.split}_{i:04d}", s.image, s.labels, s.mask)
 
-# %% ../nbs/02_data.ipynb #5f3509ad
+# %% ../nbs/02_data.ipynb #f7b3cfd0
 VOC_FOLDERS = ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation")
 
 def _annotation(sample, classes):
@@ -104,11 +106,13 @@ def _annotation(sample, classes):
         for tag, v in zip(("xmin", "ymin", "xmax", "ymax"), (x.min()+1, y.min()+1, x.max()+1, y.max()+1)): ET.SubElement(bounds, tag).text = str(v)
     return ET.tostring(root, encoding="unicode")
 
+# %% ../nbs/02_data.ipynb #4fd72924
 def voc_palette() -> list:
     "VOC's palette as the flat list that PIL wants."
     spread = lambda i, shift: sum(((i >> (3*b + shift)) & 1) << (7 - b) for b in range(8))
     return [spread(i, s) for i in range(256) for s in range(3)]
 
+# %% ../nbs/02_data.ipynb #30f9b64a
 def export_voc(
     samples,             # samples with masks
     root,                # folder to write
@@ -126,7 +130,7 @@ def export_voc(
     (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(s.id for s in samples) + "\n")
     return root
 
-# %% ../nbs/02_data.ipynb #b992d5f6
+# %% ../nbs/02_data.ipynb #a18316ab
 VOC_HELP = ("expected the folder VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation; "
             "get VOCtrainval_11-May-2012.tar (2 GB) from host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack it")
 
@@ -150,23 +154,29 @@ class VOC(Sequence):
 
     def __len__(self): return len(self.ids)
     def __getitem__(self, i):
-        if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
-        name = self.ids[i]
-        image, mask = read_image(self.root / "JPEGImages" / f"{name}.jpg"), self._mask(name)
-        if image.shape[:2] != mask.shape: raise ValueError(f"{name}: the image is {image.shape[:2]} and its mask {mask.shape}; they belong to different data sets")
-        present = np.setdiff1d(np.unique(mask), (0, 255))
-        return Sample(name, image, tuple(int(v) - 1 for v in present), mask)
+        return [self.read(n) for n in self.ids[i]] if isinstance(i, slice) else self.read(self.ids[i])
 
-    def _mask(self, name):
-        path = self.root / self.masks / f"{name}.png"
-        if not path.is_file(): raise ValueError(f"{name} has no mask in {self.masks}: {VOC_HELP}")
-        with Image.open(path) as im: mask = np.asarray(im)
-        if mask.ndim != 2: raise ValueError(f"the mask of {name} is in color: VOC's masks are palette PNGs of class indices, convert it first")
-        if (bad := mask[(mask > len(self.classes)) & (mask < 255)]).size:
-            raise ValueError(f"the mask of {name} has class {bad[0]}, but there are {len(self.classes)} classes: pass the data set's own classes")
-        return mask
+# %% ../nbs/02_data.ipynb #9e5ea8f4
+@patch
+def read(self: VOC, name: str) -> Sample:
+    "The sample of an image id. Raises ValueError for whatever does not fit."
+    image, mask = read_image(self.root / "JPEGImages" / f"{name}.jpg"), self.mask(name)
+    if image.shape[:2] != mask.shape: raise ValueError(f"{name}: the image is {image.shape[:2]} and its mask {mask.shape}; they belong to different data sets")
+    present = np.setdiff1d(np.unique(mask), (0, 255))
+    return Sample(name, image, tuple(int(v) - 1 for v in present), mask)
 
-# %% ../nbs/02_data.ipynb #7aebb95b
+@patch
+def mask(self: VOC, name: str) -> np.ndarray:
+    "The mask (H, W) of an image. Raises ValueError where it is missing, in color or of other classes."
+    path = self.root / self.masks / f"{name}.png"
+    if not path.is_file(): raise ValueError(f"{name} has no mask in {self.masks}: {VOC_HELP}")
+    with Image.open(path) as im: mask = np.asarray(im)
+    if mask.ndim != 2: raise ValueError(f"the mask of {name} is in color: VOC's masks are palette PNGs of class indices, convert it first")
+    if (bad := mask[(mask > len(self.classes)) & (mask < 255)]).size:
+        raise ValueError(f"the mask of {name} has class {bad[0]}, but there are {len(self.classes)} classes: pass the data set's own classes")
+    return mask
+
+# %% ../nbs/02_data.ipynb #f9536849
 def open_dataset(
     profile,                     # a `diclip.config.Profile`
     split: str,                  # "train", "val" or "test"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['to_numpy', 'grid', 'overlay', 'palette', 'mask_rgb', 'group_rgb', 'curves', 'bars', 'table']
 
-# %% ../nbs/03_plot.ipynb #bf71e94a
+# %% ../nbs/03_plot.ipynb #9751ab1d
 import numpy as np
 
-# %% ../nbs/03_plot.ipynb #6b9957de
+# %% ../nbs/03_plot.ipynb #ed55d0d3
 def to_numpy(x) -> np.ndarray:
     "An array from a tensor or array; (3, H, W) becomes (H, W, 3)."
     if hasattr(x, "detach"): x = x.detach().float().cpu().numpy()
@@ -41,7 +41,7 @@ def grid(
     if suptitle: fig.suptitle(suptitle, fontsize=9)
     plt.show()
 
-# %% ../nbs/03_plot.ipynb #a71de3d8
+# %% ../nbs/03_plot.ipynb #a546418b
 def overlay(
     image,            # (H, W, 3) or (3, H, W), uint8 or float in [0, 1]
     map,              # (h, w) in [0, 1], resized bilinearly to the image
@@ -56,7 +56,7 @@ def overlay(
     m = Image.fromarray(to_numpy(map).astype(np.float32)).resize(x.shape[1::-1], Image.BILINEAR)
     return (1 - alpha) * x + alpha * matplotlib.colormaps[cmap](np.asarray(m).clip(0, 1))[..., :3]
 
-# %% ../nbs/03_plot.ipynb #0ebdb0e9
+# %% ../nbs/03_plot.ipynb #ce69f495
 def palette(n=256) -> np.ndarray:
     "VOC's palette, (n, 3) uint8: the bits of the class index are spread over red, green and blue."
     index = np.arange(n)[:, None] >> np.arange(0, 24, 3)[None]                   # three bits at a time
@@ -72,7 +72,7 @@ def group_rgb(groups) -> np.ndarray:
     import matplotlib
     return matplotlib.colormaps["tab10"](to_numpy(groups).astype(int) % 10)[..., :3]
 
-# %% ../nbs/03_plot.ipynb #f8a64c6f
+# %% ../nbs/03_plot.ipynb #1722c9c7
 def curves(
     lines: dict,      # {label: (x, y)} or {label: (x, y, low, high)}
     xlabel="", ylabel="", title="",
@@ -91,6 +91,7 @@ def curves(
     if len(lines) > 1: ax.legend(fontsize=7)
     plt.show()
 
+# %% ../nbs/03_plot.ipynb #481211e4
 def bars(
     names, values,    # one label and one value a bar
     low=None, high=None,  # interval bounds, one a bar
@@ -107,7 +108,7 @@ def bars(
     ax.invert_yaxis(); ax.grid(axis="x", alpha=.3); ax.set_axisbelow(True)
     plt.show()
 
-# %% ../nbs/03_plot.ipynb #4a3a65fd
+# %% ../nbs/03_plot.ipynb #3a3a04a1
 def table(
     matrix,           # (R, C) numbers
     rows, cols,       # R and C names

@@ -6,11 +6,12 @@
 __all__ = ['MEAN', 'STD', 'clip_config', 'new_clip', 'caption_loss', 'word_loss', 'word_prompts', 'ClipLoss', 'average_precision',
            'train_clip', 'ship_clip']
 
-# %% ../../nbs/mini/20_clip.ipynb #feadfd35
+# %% ../../nbs/mini/20_clip.ipynb #a7c62978
 import json, os
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from ..clip import load_tokenizer, mini_clip
@@ -19,7 +20,7 @@ from .training import fit, read_log
 from .vocabulary import corpus, learn_merges, write_open_clip
 from ..world import BACKGROUNDS, CLASSES, render
 
-# %% ../../nbs/mini/20_clip.ipynb #4c16bc4f
+# %% ../../nbs/mini/20_clip.ipynb #355c787c
 MEAN, STD = (.5, .5, .5), (.25, .25, .25)
 
 def clip_config(vocab_size, dropout=0.):
@@ -37,7 +38,7 @@ def new_clip(folder, dropout=.5):
     config = clip_config(512 + len(merges) + 2, dropout)
     return mini_clip(config), load_tokenizer(folder / "bpe.txt.gz", config)
 
-# %% ../../nbs/mini/20_clip.ipynb #647178ce
+# %% ../../nbs/mini/20_clip.ipynb #8f944d82
 def caption_loss(image, text, tokens, scale):
     "CLIP's symmetric cross-entropy; equal captions share the target."
     logits = scale * image @ text.T
@@ -53,7 +54,7 @@ def word_loss(image, words, answers, scale, bias):
 
 def word_prompts(): return [f"a photo of a {c}" for c in CLASSES] + [f"a photo of {b}" for b in BACKGROUNDS]
 
-# %% ../../nbs/mini/20_clip.ipynb #dbb8eea2
+# %% ../../nbs/mini/20_clip.ipynb #4a601928
 class ClipLoss:
     "Draws a batch and computes the loss; the callable that `fit` wants."
     def __init__(self, model, tokenizer, pool, batch=64, portraits=.25, seed=0, device="cpu"):
@@ -62,17 +63,6 @@ class ClipLoss:
         model.word_scale, model.word_bias = (torch.nn.Parameter(torch.tensor(v, device=device)) for v in (2.3, -2.))
         self.data = {k: (x, tokenizer(c), torch.from_numpy(named(c))) for k in ("scenes", "portraits") for x, c in [read_pool(pool, k)]}
         self.words = tokenizer(word_prompts()).to(device)
-
-    def draw(self):
-        "Images (B, 3, 96, 96) in [0, 1], flipped at random, their captions' tokens and answers."
-        n = int(round(self.batch * self.portraits)); parts = []
-        for kind, k in (("scenes", self.batch - n), ("portraits", n)):
-            x, t, y = self.data[kind]
-            at = np.sort(self.rng.integers(0, len(x), k))
-            parts.append((torch.from_numpy(x[at]), t[at], y[at]))
-        x, t, y = (torch.cat(p).to(self.device) for p in zip(*parts))
-        x = x.permute(0, 3, 1, 2).float() / 255
-        return (x.flip(3) if self.rng.random() < .5 else x), t, y
 
     def __call__(self, step):
         x, t, y = self.draw()
@@ -84,7 +74,20 @@ class ClipLoss:
         words = word_loss(image, text[len(t):], y, m.word_scale.exp(), m.word_bias)
         return .3 * captions + 4 * words, dict(captions=captions.item(), words=words.item())
 
-# %% ../../nbs/mini/20_clip.ipynb #0a609a26
+# %% ../../nbs/mini/20_clip.ipynb #3bf9dee6
+@patch
+def draw(self: ClipLoss):
+    "Images (B, 3, 96, 96) in [0, 1], flipped at random, their captions' tokens and answers."
+    n = int(round(self.batch * self.portraits)); parts = []
+    for kind, k in (("scenes", self.batch - n), ("portraits", n)):
+        x, t, y = self.data[kind]
+        at = np.sort(self.rng.integers(0, len(x), k))
+        parts.append((torch.from_numpy(x[at]), t[at], y[at]))
+    x, t, y = (torch.cat(p).to(self.device) for p in zip(*parts))
+    x = x.permute(0, 3, 1, 2).float() / 255
+    return (x.flip(3) if self.rng.random() < .5 else x), t, y
+
+# %% ../../nbs/mini/20_clip.ipynb #8e4a0c23
 def average_precision(
     model, tokenizer,       # an open_clip model and its tokenizer
     scenes: list,           # rendered scenes
@@ -100,7 +103,7 @@ def average_precision(
     score, truth = (f @ t.T).cpu().numpy(), np.array([[c in s.labels for c in range(len(CLASSES))] for s in scenes])
     return np.array([average_precision_score(truth[:, c], score[:, c]) if truth[:, c].any() else np.nan for c in range(len(CLASSES))])
 
-# %% ../../nbs/mini/20_clip.ipynb #1aeea8df
+# %% ../../nbs/mini/20_clip.ipynb #18060c9c
 def train_clip(
     folder,                   # checkpoint, log and merges
     pool,                     # the pre-training pool
@@ -124,7 +127,7 @@ def train_clip(
     model.load_state_dict(average)
     return model.eval(), tokenizer
 
-# %% ../../nbs/mini/20_clip.ipynb #8be19b9d
+# %% ../../nbs/mini/20_clip.ipynb #29cd9f4c
 def ship_clip(
     model, folder,         # what `train_clip` returned; where to write
 ):

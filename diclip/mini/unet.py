@@ -6,17 +6,17 @@
 __all__ = ['SCHEDULE', 'new_unet', 'new_text_encoder', 'Denoiser', 'Latents', 'time_steps', 'DiffusionLoss', 'train_unet',
            'ship_sd']
 
-# %% ../../nbs/mini/40_unet.ipynb #45136f53
+# %% ../../nbs/mini/40_unet.ipynb #09afbd80
 import os
 from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
 from .pool import read_pool
-from .training import fit, read_log
+from .training import fit, rank, read_log
 from .vocabulary import corpus, learn_merges, write_transformers
 
-# %% ../../nbs/mini/40_unet.ipynb #0d478f4f
+# %% ../../nbs/mini/40_unet.ipynb #82071273
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, prediction_type="v_prediction")
 
 def new_unet():
@@ -34,13 +34,13 @@ def new_text_encoder(tokenizer):
                             max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end, projection_dim=64)
     return CLIPTextModel(config)
 
-# %% ../../nbs/mini/40_unet.ipynb #0483fdae
+# %% ../../nbs/mini/40_unet.ipynb #ead2f765
 class Denoiser(torch.nn.Module):
     "Text encoder and UNet as one trainable module."
     def __init__(self, folder):
         super().__init__()
         from transformers import CLIPTokenizer
-        write_transformers(learn_merges(corpus()), Path(folder) / "tokenizer")
+        if not (Path(folder) / "tokenizer" / "tokenizer_config.json").exists(): write_transformers(learn_merges(corpus()), Path(folder) / "tokenizer")
         self.tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
         self.unet, self.text = new_unet(), new_text_encoder(self.tokenizer)
 
@@ -51,7 +51,7 @@ class Denoiser(torch.nn.Module):
         unique, back = ids.unique(dim=0, return_inverse=True)
         return self.unet(z, t, self.text(unique).last_hidden_state[back]).sample
 
-# %% ../../nbs/mini/40_unet.ipynb #dae27c8c
+# %% ../../nbs/mini/40_unet.ipynb #300b34a8
 class Latents:
     "Both pools as latents, encoded the first time that a picture is drawn."
     def __init__(self, vae, pool, model, portraits=.6, seed=0, device="cpu"):
@@ -76,7 +76,7 @@ class Latents:
         ids[torch.from_numpy(self.rng.random(n) < .1)] = self.null
         return self.z[index].to(self.device), ids.to(self.device)
 
-# %% ../../nbs/mini/40_unet.ipynb #73ff496b
+# %% ../../nbs/mini/40_unet.ipynb #78a7de81
 def time_steps(n, rng):
     "Half uniform over the schedule, half around its middle."
     middle = np.clip(rng.normal(450, 180, n), 0, 999)
@@ -95,7 +95,7 @@ class DiffusionLoss:
         loss = F.mse_loss(self.model(self.noise.add_noise(z, e, t), t, ids), self.noise.get_velocity(z, e, t))
         return loss, dict(loss=loss.item())
 
-# %% ../../nbs/mini/40_unet.ipynb #95f89daa
+# %% ../../nbs/mini/40_unet.ipynb #761428cc
 def train_unet(
     folder, pool, vae,         # checkpoint and log; the pre-training pool; a trained autoencoder
     minutes: float = None, steps: int = None,   # the budget
@@ -110,11 +110,13 @@ def train_unet(
         model.text = type(model.text).from_pretrained(start, subfolder="text_encoder", dtype=torch.float32)
     model.to(device)
     done = len(read_log(folder)) if (Path(folder) / "log.jsonl").exists() else 0
-    latents = Latents(vae.to(device).eval(), pool, model, seed=seed + done, device=device)
-    torch.manual_seed(seed + done)
+    seed += done + 1000 * rank()   # other batches and other noise in every process
+    latents = Latents(vae.to(device).eval(), pool, model, seed=seed, device=device)
+    torch.manual_seed(seed)
     model.load_state_dict(fit(model, DiffusionLoss(model, latents, batch), folder, rate, batch, minutes, steps))
     return model.eval()
 
+# %% ../../nbs/mini/40_unet.ipynb #38af5aa0
 def ship_sd(model, vae, folder):
     "Write a `StableDiffusionPipeline` folder in half precision."
     from copy import deepcopy
