@@ -5,23 +5,22 @@
 # %% auto #0
 __all__ = ['DiCLIP']
 
-# %% ../nbs/64_model.ipynb #b4be03db
+# %% ../nbs/64_model.ipynb #9fd4ccae
 from pathlib import Path
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .acr import refine_attention
 from .cache import Cache
 from .cam import patch_text_cam, resize_maps
 from .clip import load_clip
 from .config import Profile, profile as get_profile
 from .data import Sample, batch_images, read_image, to_rgb
-from .keys import vce_features
+from .keys import refine, vce_features
 from .retrieval import cache_cam, static_cam
 from .sd import load_sd
 from .vce import fuse_attention
 
-# %% ../nbs/64_model.ipynb #46a7ee99
+# %% ../nbs/64_model.ipynb #707c05f4
 class DiCLIP:
     "CLIP and Stable Diffusion, both frozen, connected as in Figure 2. Raises ValueError for a cache of other classes or another CLIP."
     def __init__(
@@ -56,7 +55,7 @@ class DiCLIP:
         p = name if isinstance(name, Profile) else get_profile(name, **overrides)
         return cls(load_clip(p, device, dtype), load_sd(p, device, dtype), p, cache)
 
-# %% ../nbs/64_model.ipynb #1e49c95f
+# %% ../nbs/64_model.ipynb #8eec38ef
 def _as_array(image):
     if isinstance(image, Sample): return image.image
     return read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
@@ -76,14 +75,13 @@ def prepare(
     arrays = [_as_array(x) for x in images]
     return batch_images(arrays, self.profile.crop).to(self.device), [a.shape[:2] for a in arrays]
 
-# %% ../nbs/64_model.ipynb #754ff4a1
+# %% ../nbs/64_model.ipynb #397e148d
 @patch
 @torch.no_grad()
-def refined(self: DiCLIP, x: Tensor) -> Tensor:
-    "(B, N, N) diffusion attention of prepared images after ACR (4)-(6), and before it."
-    p = self.profile
-    raw = self.sd.attention(x, p.grid, timestep=p.timestep)
-    return refine_attention(raw, k=p.groups, rounds=p.rounds, tau=p.tau_n / raw.shape[-1], propagation=p.propagation), raw
+def refined(self: DiCLIP, x: Tensor) -> tuple:
+    "Diffusion attention of prepared images after ACR (4)-(6), and before it: two tensors (B, N, N)."
+    raw = self.sd.attention(x, self.profile.grid, timestep=self.profile.timestep)
+    return refine(raw, self.profile), raw
 
 @patch
 @torch.no_grad()
@@ -95,7 +93,7 @@ def attention(self: DiCLIP, images) -> dict:
     fused = fuse_attention(clip, refined, alpha=self.profile.alpha, mode=self.profile.fusion)
     return dict(clip=clip.mean(1)[:, 1:, 1:], sd=raw, refined=refined, fused=fused.mean(1)[:, 1:, 1:])
 
-# %% ../nbs/64_model.ipynb #9bdd170c
+# %% ../nbs/64_model.ipynb #c360eee3
 @patch
 def class_indices(
     self: DiCLIP,
@@ -111,7 +109,7 @@ def class_indices(
             if n not in self.profile.classes: raise ValueError(f"unknown class {n!r}: profile {self.profile.name!r} has {', '.join(self.profile.classes)}")
     return [[self.profile.classes.index(n) for n in names] for names in classes]
 
-# %% ../nbs/64_model.ipynb #edb4d9a5
+# %% ../nbs/64_model.ipynb #fc7c7fcf
 @patch
 @torch.no_grad()
 def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:

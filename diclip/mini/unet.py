@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULE', 'new_unet', 'new_text_encoder', 'Denoiser', 'Latents', 'time_steps', 'DiffusionLoss', 'train_unet',
            'ship_sd']
 
-# %% ../../nbs/mini/40_unet.ipynb #09afbd80
-import os
+# %% ../../nbs/mini/40_unet.ipynb #b26868f8
+import os, shutil
 from pathlib import Path
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from .pool import read_pool
 from .training import fit, rank, read_log
 from .vocabulary import corpus, learn_merges, write_transformers
 
-# %% ../../nbs/mini/40_unet.ipynb #82071273
+# %% ../../nbs/mini/40_unet.ipynb #49e9e37a
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, prediction_type="v_prediction")
 
 def new_unet():
@@ -34,7 +34,7 @@ def new_text_encoder(tokenizer):
                             max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end, projection_dim=64)
     return CLIPTextModel(config)
 
-# %% ../../nbs/mini/40_unet.ipynb #ead2f765
+# %% ../../nbs/mini/40_unet.ipynb #5cb3ebaf
 class Denoiser(torch.nn.Module):
     "Text encoder and UNet as one trainable module."
     def __init__(self, folder):
@@ -51,7 +51,7 @@ class Denoiser(torch.nn.Module):
         unique, back = ids.unique(dim=0, return_inverse=True)
         return self.unet(z, t, self.text(unique).last_hidden_state[back]).sample
 
-# %% ../../nbs/mini/40_unet.ipynb #300b34a8
+# %% ../../nbs/mini/40_unet.ipynb #a04c4b12
 class Latents:
     "Both pools as latents, encoded the first time that a picture is drawn."
     def __init__(self, vae, pool, model, portraits=.6, seed=0, device="cpu"):
@@ -76,7 +76,7 @@ class Latents:
         ids[torch.from_numpy(self.rng.random(n) < .1)] = self.null
         return self.z[index].to(self.device), ids.to(self.device)
 
-# %% ../../nbs/mini/40_unet.ipynb #78a7de81
+# %% ../../nbs/mini/40_unet.ipynb #3d9ceb05
 def time_steps(n, rng):
     "Half uniform over the schedule, half around its middle."
     middle = np.clip(rng.normal(450, 180, n), 0, 999)
@@ -95,7 +95,7 @@ class DiffusionLoss:
         loss = F.mse_loss(self.model(self.noise.add_noise(z, e, t), t, ids), self.noise.get_velocity(z, e, t))
         return loss, dict(loss=loss.item())
 
-# %% ../../nbs/mini/40_unet.ipynb #761428cc
+# %% ../../nbs/mini/40_unet.ipynb #86520a75
 def train_unet(
     folder, pool, vae,         # checkpoint and log; the pre-training pool; a trained autoencoder
     minutes: float = None, steps: int = None,   # the budget
@@ -104,8 +104,10 @@ def train_unet(
 ):
     "Train or continue the mini diffusion model; returns a `Denoiser` with averaged weights."
     torch.manual_seed(seed)
+    fresh = start and not (Path(folder) / "state.safetensors").exists()
+    if fresh: shutil.copytree(Path(start) / "tokenizer", Path(folder) / "tokenizer", dirs_exist_ok=True)
     model = Denoiser(folder)
-    if start and not (Path(folder) / "state.safetensors").exists():
+    if fresh:
         model.unet = type(model.unet).from_pretrained(start, subfolder="unet", torch_dtype=torch.float32)
         model.text = type(model.text).from_pretrained(start, subfolder="text_encoder", dtype=torch.float32)
     model.to(device)
@@ -116,7 +118,7 @@ def train_unet(
     model.load_state_dict(fit(model, DiffusionLoss(model, latents, batch), folder, rate, batch, minutes, steps))
     return model.eval()
 
-# %% ../../nbs/mini/40_unet.ipynb #38af5aa0
+# %% ../../nbs/mini/40_unet.ipynb #755b9259
 def ship_sd(model, vae, folder):
     "Write a `StableDiffusionPipeline` folder in half precision."
     from copy import deepcopy

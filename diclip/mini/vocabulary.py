@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['corpus', 'learn_merges', 'write_open_clip', 'write_transformers']
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #ed404318
+# %% ../../nbs/mini/12_vocabulary.ipynb #9e914fb4
 import gzip, json
 from pathlib import Path
 from ..config import MINI, PROMPT
 from ..world import BACKGROUNDS, CLASSES
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #b0e99c6b
+# %% ../../nbs/mini/12_vocabulary.ipynb #a69c3b48
 def corpus() -> list:
     "Sentences with every word that the mini models meet."
     starts = ("a photo of", "a picture of", "an image of", "a clean origami")
     sentences = [f"{s} a {c} and a {c} on {b}" for s in starts for c in CLASSES for b in BACKGROUNDS]
     return sentences + [PROMPT.format(category=c) for c in CLASSES] * 20 + ["nothing on"] * 20
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #9fc84330
+# %% ../../nbs/mini/12_vocabulary.ipynb #162797bc
 def learn_merges(
     sentences: list,     # training text
     size: int = 400,     # most merges to learn
@@ -27,11 +27,12 @@ def learn_merges(
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     tok = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
-    trainer = trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", show_progress=False, min_frequency=2)
+    ends = [c + "</w>" for c in sorted(set("".join(sentences)) - {" "})]   # numbered first: ties between merges are then broken alike in every run
+    trainer = trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", show_progress=False, min_frequency=2, special_tokens=ends)
     tok.train_from_iterator(sentences, trainer)
     return [tuple(m) for m in json.loads(tok.to_str())["model"]["merges"]]
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #385c69d8
+# %% ../../nbs/mini/12_vocabulary.ipynb #e3ee6757
 def _bytes():
     from open_clip.tokenizer import bytes_to_unicode
     return list(bytes_to_unicode().values())
