@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from diclip.acr import (METRICS, PROPAGATIONS, affinity_label, cluster_attention, confident, distances, oracle_attention,
+from diclip.acr import (METRICS, PROPAGATIONS, affinity_label, cluster_attention, confident, distances, neighbor_attention, oracle_attention,
                         refine_attention, rgb_attention, row_normalize, threshold_label)
 
 quick = settings(deadline=None, max_examples=25)
@@ -288,3 +288,11 @@ def test_rgb_attends_to_its_color():
     check_rows(A)
     columns = torch.arange(16) % 4 >= 2
     assert (A[0] * (columns[:, None] == columns)).sum() > 15.99
+
+
+def test_neighbors_attend_to_what_is_near_and_to_nothing_else():
+    A = neighbor_attention(2, (3, 4), width=1.)
+    check_rows(A)
+    assert A.shape == (2, 12, 12) and torch.equal(A[0], A[1])
+    torch.testing.assert_close(A[0], A[0].mT * (A[0].diagonal()[:, None] / A[0].diagonal()))     # a function of the distance, up to the row's sum
+    assert A[0, 0].argmax() == 0 and A[0, 0, 1] > A[0, 0, 2] > A[0, 0, 3]

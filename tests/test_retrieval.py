@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
 
 from diclip.cache import Cache, cache_values
-from diclip.retrieval import cache_cam, retrieve, split_cache_output, static_cam, suppress_background
+from diclip.retrieval import Adapter, cache_cam, dynamic_cam, retrieve, split_cache_output, static_cam, suppress_background
 
 quick = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**16)
@@ -187,3 +187,44 @@ def test_a_cache_of_the_right_classes_beats_its_rolled_twin():
     real, twin = contrast(cache_cam(x, cache, negative=False)), contrast(cache_cam(x, cache.rolled(), negative=False))
     assert real > .5 and real > twin + .3
     assert contrast(cache_cam(x, cache)) > .5
+
+
+@quick
+@given(seeds, st.integers(0, 5), st.floats(0, 1), st.floats(.5, 20))
+def test_adapter_starts_as_retrieval(seed, prompts, noise, sharpness):
+    cache, Q = a_cache(seed), unit(2, 9, 6, seed=seed + 3)
+    adapter = Adapter.from_cache(cache, prompts, noise, sharpness=sharpness, seed=seed)
+    torch.testing.assert_close(adapter(Q), retrieve(Q, cache.keys, cache.values, sharpness), atol=1e-5, rtol=1e-4)
+    assert len(adapter.keys) == len(adapter.values) == len(cache) + prompts
+    assert adapter.keys.data_ptr() != cache.keys.data_ptr()         # training must not change the cache
+
+
+@pytest.mark.parametrize("noise", [0., .1])
+def test_zero_prompts_learn_alike_and_noisy_ones_do_not(noise):
+    cache, Q = a_cache(), unit(2, 9, 6, seed=3)
+    adapter = Adapter.from_cache(cache, 4, noise)
+    F.cross_entropy(adapter(Q).flatten(0, 1), torch.arange(18) % 4).backward()
+    grads = adapter.values.grad[len(cache):]
+    assert grads.abs().sum() > 0 and (grads.std(0).max() < 1e-7) == (noise == 0)
+
+
+def test_random_adapter_has_the_sizes_of_the_cache_and_not_its_votes():
+    cache, Q = a_cache(), unit(2, 9, 6, seed=3)
+    adapter = Adapter.from_cache(cache, 4, random=True)
+    assert adapter.keys.shape == (len(cache) + 4, 6) and (adapter(Q) - retrieve(Q, cache.keys, cache.values)).abs().max() > .1
+    torch.testing.assert_close(adapter.keys[:len(cache)].norm(dim=-1), torch.ones(len(cache)))
+
+
+@quick
+@given(seeds, st.floats(0, 4))
+def test_dynamic_cam_is_normalized_and_reads_the_foreground_only(seed, beta):
+    vce, votes = torch.rand(2, 3, 9, generator=generator(seed)), torch.randn(2, 9, 4, generator=generator(seed + 1))
+    M = dynamic_cam(vce, votes, beta)
+    assert M.shape == vce.shape and M.min() >= 0 and M.max() <= 1 + 1e-5
+    votes[..., -1] += 7
+    torch.testing.assert_close(dynamic_cam(vce, votes, beta), M)
+
+
+@pytest.mark.parametrize("how", [dict(prompts=-1), dict(noise=-.1)])
+def test_adapter_refuses_negative_settings(how):
+    with pytest.raises(ValueError, match="must not be negative"): Adapter.from_cache(a_cache(), **how)

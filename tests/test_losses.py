@@ -1,0 +1,81 @@
+"Losses (14), (15), the logs' affinity loss, and the schedule."
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from diclip.losses import affinity_loss, cache_loss, learning_rate, seg_loss
+
+quick = settings(deadline=None, max_examples=25)
+seeds = st.integers(0, 2**16)
+
+
+def batch(seed, B=2, K=4, H=5, W=6):
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, K, (B, H, W), generator=g)
+    return torch.randn(B, K, H, W, generator=g), target.masked_fill(torch.rand(B, H, W, generator=g) < .2, 255)
+
+
+@quick
+@given(seeds)
+def test_segmentation_loss_is_the_mean_of_two_cross_entropies(seed):
+    logits, target = batch(seed)
+    bg, fg = target.masked_fill(target != 0, 255), target.masked_fill(target == 0, 255)
+    torch.testing.assert_close(seg_loss(logits, target), (F.cross_entropy(logits, bg, ignore_index=255) + F.cross_entropy(logits, fg, ignore_index=255)) / 2)
+
+
+@quick
+@given(seeds, st.integers(1, 3))
+def test_processes_with_averaged_counts_are_one_process(seed, cut):
+    logits, target = batch(seed, B=4)
+    logits.requires_grad_()
+    parts = [slice(0, cut), slice(cut, 4)]
+    counts = torch.stack([torch.stack([target[p] == 0, (target[p] > 0) & (target[p] != 255)]).float().sum((1, 2, 3)) for p in parts]).mean(0)
+    together = sum(seg_loss(logits[p], target[p], average=lambda c: counts) for p in parts) / 2
+    torch.testing.assert_close(torch.autograd.grad(together, logits)[0], torch.autograd.grad(seg_loss(logits, target), logits)[0])
+
+
+@pytest.mark.parametrize("label", [0, 2, 255])
+def test_a_missing_part_is_no_nan(label):
+    logits = torch.randn(1, 4, 3, 3, requires_grad=True)
+    loss = seg_loss(logits, torch.full((1, 3, 3), label))
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all() and (loss > 0) == (label != 255)
+
+
+@quick
+@given(seeds)
+def test_cache_loss_puts_the_background_last(seed):
+    g = torch.Generator().manual_seed(seed)
+    votes, target = torch.randn(2, 7, 4, generator=g), torch.randint(0, 4, (2, 7), generator=g)
+    first = torch.cat([votes[..., -1:], votes[..., :-1]], -1)
+    torch.testing.assert_close(cache_loss(votes, target), F.cross_entropy(first.flatten(0, 1), target.flatten()))
+    assert cache_loss(votes, torch.full_like(target, 255)) == 0
+
+
+def test_affinity_loss_sees_the_radius_only():
+    y = torch.zeros(1, 1, 6, dtype=torch.long); y[..., 3:] = 1
+    f = torch.randn(1, 3, 1, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    affinity_loss(f[..., :3], y[..., :3], radius=8).backward()
+    assert f.grad[..., 3:].abs().sum() == 0 and f.grad[..., :3].abs().sum() > 0
+    far = y.clone(); far[..., 5] = 255
+    torch.testing.assert_close(affinity_loss(f[..., :5], y[..., :5], 2), affinity_loss(f, far, 2))
+
+
+@quick
+@given(st.integers(1, 5000), st.integers(0, 300), st.floats(.5, 2))
+def test_schedule_stays_between_zero_and_its_base(steps, warmup, power):
+    rates = [learning_rate(t, steps, 1e-3, warmup, power) for t in range(0, steps + 1, max(1, steps // 50))]
+    assert all(0 <= r <= 1e-3 for r in rates)
+    after = [r for t, r in zip(range(0, steps + 1, max(1, steps // 50)), rates) if t >= warmup]
+    assert after == sorted(after, reverse=True)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: seg_loss(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 2)), "resize the logits"),
+    (lambda: seg_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 3)), "3 outputs"),
+    (lambda: seg_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), -1)), "3 outputs"),
+    (lambda: cache_loss(torch.zeros(1, 9, 3), torch.zeros(1, 8)), "do not fit"),
+    (lambda: learning_rate(11, 10, 1.), "ends there")])
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message): call()
