@@ -34,11 +34,16 @@ def test_experiment_runs_small(path, tmp_path):
     assert (tmp_path / f"{path.stem}.html").stat().st_size > 10_000
 
 
-def test_a_committed_record_fits_its_experiment():
-    record = json.loads((ROOT / "nbs/results/components.json").read_text())
-    assert record["parameters"]["n_val"] == 400 and record["parameters"]["seeds"] >= 3
+@pytest.mark.parametrize("name, images", [("components", "generated"), ("components_rendered", "rendered")])
+def test_a_committed_record_fits_its_experiment(name, images):
+    record = json.loads((ROOT / f"nbs/results/{name}.json").read_text())
+    assert record["parameters"]["n_val"] == 400 and record["parameters"]["seeds"] >= 3 and record["parameters"]["cache_images"] == images
     assert set(record["results"]) >= {"center prior", "baseline CLIP", "+ VCE without ACR", "+ VCE", "+ positive cache", "+ negative cache",
-                                      "untrained UNet", "color similarity", "rolled labels", "oracle attention"}
+                                      "untrained UNet", "color similarity", "neighbors", "rolled labels", "oracle attention"}
+    from diclip.clip import load_clip
+    from diclip.config import profile
+    from diclip.sd import load_sd
+    assert record["models"] == dict(clip=load_clip(profile("mini")).fingerprint, sd=load_sd(profile("mini")).fingerprint), "measured with other weights: run it again"
 
 
 def test_components_run_on_a_folder_in_voc_format(tmp_path):

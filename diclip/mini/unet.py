@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['SCHEDULE', 'new_unet', 'new_text_encoder', 'Denoiser', 'Latents', 'time_steps', 'DiffusionLoss', 'train_unet',
-           'ship_sd']
+           'ship_sd', 'main']
 
-# %% ../../nbs/mini/40_unet.ipynb #b26868f8
+# %% ../../nbs/mini/40_unet.ipynb #d6c8a4e5
 import os, shutil
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.script import call_parse
 from torch.nn import functional as F
 from .pool import read_pool
 from .training import fit, rank, read_log
 from .vocabulary import corpus, learn_merges, write_transformers
 
-# %% ../../nbs/mini/40_unet.ipynb #49e9e37a
+# %% ../../nbs/mini/40_unet.ipynb #2db35ec3
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, prediction_type="v_prediction")
 
 def new_unet():
@@ -34,7 +35,7 @@ def new_text_encoder(tokenizer):
                             max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end, projection_dim=64)
     return CLIPTextModel(config)
 
-# %% ../../nbs/mini/40_unet.ipynb #5cb3ebaf
+# %% ../../nbs/mini/40_unet.ipynb #06e9cfae
 class Denoiser(torch.nn.Module):
     "Text encoder and UNet as one trainable module."
     def __init__(self, folder):
@@ -51,7 +52,7 @@ class Denoiser(torch.nn.Module):
         unique, back = ids.unique(dim=0, return_inverse=True)
         return self.unet(z, t, self.text(unique).last_hidden_state[back]).sample
 
-# %% ../../nbs/mini/40_unet.ipynb #a04c4b12
+# %% ../../nbs/mini/40_unet.ipynb #8d7e2cfd
 class Latents:
     "Both pools as latents, encoded the first time that a picture is drawn."
     def __init__(self, vae, pool, model, portraits=.6, seed=0, device="cpu"):
@@ -76,7 +77,7 @@ class Latents:
         ids[torch.from_numpy(self.rng.random(n) < .1)] = self.null
         return self.z[index].to(self.device), ids.to(self.device)
 
-# %% ../../nbs/mini/40_unet.ipynb #3d9ceb05
+# %% ../../nbs/mini/40_unet.ipynb #0150852b
 def time_steps(n, rng):
     "Half uniform over the schedule, half around its middle."
     middle = np.clip(rng.normal(450, 180, n), 0, 999)
@@ -95,7 +96,7 @@ class DiffusionLoss:
         loss = F.mse_loss(self.model(self.noise.add_noise(z, e, t), t, ids), self.noise.get_velocity(z, e, t))
         return loss, dict(loss=loss.item())
 
-# %% ../../nbs/mini/40_unet.ipynb #86520a75
+# %% ../../nbs/mini/40_unet.ipynb #31046f0a
 def train_unet(
     folder, pool, vae,         # checkpoint and log; the pre-training pool; a trained autoencoder
     minutes: float = None, steps: int = None,   # the budget
@@ -118,7 +119,7 @@ def train_unet(
     model.load_state_dict(fit(model, DiffusionLoss(model, latents, batch), folder, rate, batch, minutes, steps))
     return model.eval()
 
-# %% ../../nbs/mini/40_unet.ipynb #755b9259
+# %% ../../nbs/mini/40_unet.ipynb #5384e538
 def ship_sd(model, vae, folder):
     "Write a `StableDiffusionPipeline` folder in half precision."
     from copy import deepcopy
@@ -128,3 +129,22 @@ def ship_sd(model, vae, folder):
     pipe = StableDiffusionPipeline(**parts, tokenizer=model.tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None,
                                    requires_safety_checker=False)
     pipe.save_pretrained(folder, safe_serialization=True)
+
+# %% ../../nbs/mini/40_unet.ipynb #d56f4487
+@call_parse
+def main(
+    folder: str,           # checkpoint, log and, in the end, the folder `pipeline`
+    pool: str,             # the pre-training pool (`diclip.mini.pool.write_pool`)
+    vae: str,              # folder of a trained autoencoder
+    minutes: float = 60,   # budget of this call
+    start: str = "",       # a pipeline folder to start from where there is no checkpoint
+    rate: float = 1e-3,    # highest learning rate
+    batch: int = 32,       # pictures a step and process
+):
+    "Train the mini diffusion model on the CPU, alone or as one of the processes of torchrun"
+    from diffusers import AutoencoderKL
+    torch.set_num_threads(1)
+    if "RANK" in os.environ: torch.distributed.init_process_group("gloo")
+    vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32)
+    model = train_unet(folder, pool, vae, minutes=minutes, rate=rate, batch=batch, start=start or None)
+    if rank() == 0: ship_sd(model, vae, f"{folder}/pipeline")
