@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['experiment_notebook', 'run_notebook', 'write_report', 'diclip_repro']
 
-# %% ../nbs/66_cli.ipynb #19360844
+# %% ../nbs/66_cli.ipynb #06e99ee3
 import json, os, time
 from pathlib import Path
 from fastcore.script import Param, call_parse
 
-# %% ../nbs/66_cli.ipynb #5b7ef0cc
+# %% ../nbs/66_cli.ipynb #ccea1bca
 def experiment_notebook(name: str) -> Path:
     "The path of an experiment notebook. Raises FileNotFoundError outside a clone."
     path = Path(__file__).parent.parent / "nbs/experiments" / f"{name}.ipynb"
@@ -40,7 +40,7 @@ def write_report(notebook) -> Path:
     path.write_text(html, encoding="utf-8")
     return path
 
-# %% ../nbs/66_cli.ipynb #42639bf1
+# %% ../nbs/66_cli.ipynb #a5cf28d6
 @call_parse
 def diclip_repro(
     profile: str = "mini",     # "mini", "voc" or "coco"
@@ -53,13 +53,15 @@ def diclip_repro(
     seeds: int = 3,            # repetitions of everything random
     per_class: int = 50,       # generated images a class in the cache
     remake_pool: bool = False, # generate the images anew instead of using those that ship
+    cache_images: str = "generated", # "generated", or "rendered": the mini world's own portraits, as a control
 ):
     "Measure CLIP, + VCE, + cache and their controls; print the table beside the paper's numbers, write a record and an HTML report"
     from diclip.config import profile as get_profile
     from diclip.data import open_dataset
     start, p = time.time(), get_profile(profile)
+    if cache_images not in ("generated", "rendered")[:2 if profile == "mini" else 1]: raise ValueError(f"cache_images={cache_images!r}: profile {profile!r} has generated" + " or rendered images" * (profile == "mini"))
     for s in ("train", split): open_dataset(p, s, data or None)      # complain about the data now, not in the middle of the notebook
     record = run_notebook("components", out, profile=profile, data=str(Path(data).resolve()) if data else "", device=device, n_train=n_train, n_val=n_val,
-                          split=split, seeds=seeds, per_class=per_class, remake_pool=remake_pool)
+                          split=split, seeds=seeds, per_class=per_class, remake_pool=remake_pool, cache_images=cache_images)
     print("\n" + record["table"] + "\n")
     print(f"{(time.time() - start) / 60:.1f} minutes. Record, executed notebook and report: {out}/components.json, .ipynb, .html")
