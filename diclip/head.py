@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HEADS', 'LayerFusion', 'TransformerHead', 'ConvHead']
 
-# %% ../nbs/61_head.ipynb #16243f46
+# %% ../nbs/61_head.ipynb #ef4f65bd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/61_head.ipynb #4dcffb03
+# %% ../nbs/61_head.ipynb #16411068
 class LayerFusion(nn.Module):
     "(B, L, N, dim) tokens of L layers -> (B, width, h, w). Raises ValueError for another number of layers or channels."
     def __init__(self,
@@ -29,7 +29,7 @@ class LayerFusion(nn.Module):
         x = torch.cat([mlp(t) for mlp, t in zip(self.mlps, tokens.unbind(1))], -1)
         return self.dropout(self.fuse(x.mT.unflatten(2, tuple(grid))))
 
-# %% ../nbs/61_head.ipynb #33524e70
+# %% ../nbs/61_head.ipynb #c1f686b9
 class TransformerHead(nn.Module):
     "Table IX's transformer decoder: tokens (B, L, N, dim) -> logits (B, 1 + C, h, w)."
     def __init__(self,
@@ -48,7 +48,7 @@ class TransformerHead(nn.Module):
         x = self.fusion(tokens, grid)
         return self.classify(self.decoder(x.flatten(2).mT).mT.unflatten(2, tuple(grid)))
 
-# %% ../nbs/61_head.ipynb #312a61ca
+# %% ../nbs/61_head.ipynb #02150119
 class ConvHead(nn.Module):
     "Table IX's convolutional decoder: tokens (B, L, N, dim) -> logits (B, 1 + C, h, w)."
     def __init__(self,

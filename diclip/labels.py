@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['background_score', 'pseudo_labels', 'PAR', 'refine_labels']
 
-# %% ../nbs/12_labels.ipynb #0bb40c32
+# %% ../nbs/12_labels.ipynb #ad18ab77
 import math, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 
-# %% ../nbs/12_labels.ipynb #6e26fea8
+# %% ../nbs/12_labels.ipynb #5216f5f6
 def _check_maps(maps):
     if maps.ndim < 2 or not maps.is_floating_point(): raise ValueError(f"maps are {maps.dtype} of shape {tuple(maps.shape)}: give floats (B, C, ...)")
     if maps.isnan().any(): raise ValueError("maps hold NaN: normalize constant maps to 0 first")
@@ -27,7 +27,7 @@ def background_score(
     if gamma <= 0: raise ValueError(f"gamma is {gamma}: give a number above 0")
     return (1 - maps.amax(1, keepdim=True)).clamp(0, 1) ** gamma
 
-# %% ../nbs/12_labels.ipynb #195c72a3
+# %% ../nbs/12_labels.ipynb #aaabff4d
 def _check_mode(low, high, threshold):
     if (low is None) != (high is None): raise ValueError("low and high come as a pair: give both, or neither")
     if low is not None and threshold is not None: raise ValueError("give the pair low and high or one threshold, not all three")
@@ -48,7 +48,7 @@ def pseudo_labels(
     value, index = maps.max(1)
     return torch.where(value <= low, 0, torch.where(value > high, index + 1, 255))
 
-# %% ../nbs/12_labels.ipynb #4c6cae52
+# %% ../nbs/12_labels.ipynb #ada95d7e
 class PAR(nn.Module):
     "Pixel-adaptive refinement (AFA, the paper's [13]). Raises ValueError for dilations below 1, negative rounds, or a chunk below 1."
     def __init__(self,
@@ -71,7 +71,7 @@ class PAR(nn.Module):
         "How much a constant map grows: the sum of the weights to the power of the rounds."
         return (1 + self.place) ** self.rounds
 
-# %% ../nbs/12_labels.ipynb #347d7881
+# %% ../nbs/12_labels.ipynb #12764540
 @patch
 def neighbors(self:PAR,
     x: Tensor,  # (B, C, H, W)
@@ -81,7 +81,7 @@ def neighbors(self:PAR,
     x = F.pad(x, (p, p, p, p), mode="replicate")
     return [x[..., p + i:p + i + H, p + j:p + j + W] for i, j in self.offsets]
 
-# %% ../nbs/12_labels.ipynb #6f78ac20
+# %% ../nbs/12_labels.ipynb #df9eff40
 @patch
 def weights(self:PAR,
     images: Tensor,  # (B, 3, H, W) float RGB
@@ -92,7 +92,7 @@ def weights(self:PAR,
     kappa = -((near - images[:, :, None]) / (self.color * sigma)).square().mean(1)
     return kappa.softmax(1) + self.near[:, None, None]
 
-# %% ../nbs/12_labels.ipynb #543ef15a
+# %% ../nbs/12_labels.ipynb #3b2ba8ac
 @patch
 @torch.no_grad()
 def forward(self:PAR,
@@ -118,7 +118,7 @@ def _refine(self:PAR, images, maps):
         maps = total
     return maps
 
-# %% ../nbs/12_labels.ipynb #f5f131d3
+# %% ../nbs/12_labels.ipynb #a20af995
 def refine_labels(
     images: Tensor,           # (B, 3, H, W) float RGB
     maps: Tensor,             # (B, C, H, W) in [0, 1], zero for absent classes

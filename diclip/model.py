@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DiCLIP']
 
-# %% ../nbs/64_model.ipynb #9fd4ccae
+# %% ../nbs/64_model.ipynb #e7d44b9b
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .retrieval import cache_cam, static_cam
 from .sd import load_sd
 from .vce import fuse_attention
 
-# %% ../nbs/64_model.ipynb #707c05f4
+# %% ../nbs/64_model.ipynb #9084b303
 class DiCLIP:
     "CLIP and Stable Diffusion, both frozen, connected as in Figure 2. Raises ValueError for a cache of other classes or another CLIP."
     def __init__(
@@ -55,7 +55,7 @@ class DiCLIP:
         p = name if isinstance(name, Profile) else get_profile(name, **overrides)
         return cls(load_clip(p, device, dtype), load_sd(p, device, dtype), p, cache)
 
-# %% ../nbs/64_model.ipynb #8eec38ef
+# %% ../nbs/64_model.ipynb #93fd2435
 def _as_array(image):
     if isinstance(image, Sample): return image.image
     return read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
@@ -75,7 +75,7 @@ def prepare(
     arrays = [_as_array(x) for x in images]
     return batch_images(arrays, self.profile.crop).to(self.device), [a.shape[:2] for a in arrays]
 
-# %% ../nbs/64_model.ipynb #397e148d
+# %% ../nbs/64_model.ipynb #218ab5cc
 @patch
 @torch.no_grad()
 def refined(self: DiCLIP, x: Tensor) -> tuple:
@@ -93,7 +93,7 @@ def attention(self: DiCLIP, images) -> dict:
     fused = fuse_attention(clip, refined, alpha=self.profile.alpha, mode=self.profile.fusion)
     return dict(clip=clip.mean(1)[:, 1:, 1:], sd=raw, refined=refined, fused=fused.mean(1)[:, 1:, 1:])
 
-# %% ../nbs/64_model.ipynb #c360eee3
+# %% ../nbs/64_model.ipynb #170f17a2
 @patch
 def class_indices(
     self: DiCLIP,
@@ -109,7 +109,7 @@ def class_indices(
             if n not in self.profile.classes: raise ValueError(f"unknown class {n!r}: profile {self.profile.name!r} has {', '.join(self.profile.classes)}")
     return [[self.profile.classes.index(n) for n in names] for names in classes]
 
-# %% ../nbs/64_model.ipynb #fc7c7fcf
+# %% ../nbs/64_model.ipynb #53956ccb
 @patch
 @torch.no_grad()
 def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:

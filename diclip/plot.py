@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['to_numpy', 'grid', 'overlay', 'mask_rgb', 'group_rgb', 'curves', 'bars', 'table']
 
-# %% ../nbs/03_plot.ipynb #36fdf12c
+# %% ../nbs/03_plot.ipynb #1d23c7b0
 import numpy as np
 from .data import palette
 
-# %% ../nbs/03_plot.ipynb #d5729e98
+# %% ../nbs/03_plot.ipynb #2cae0ab2
 def to_numpy(x) -> np.ndarray:
     "An array from a tensor or array; (3, H, W) becomes (H, W, 3)."
     if hasattr(x, "detach"): x = x.detach().float().cpu().numpy()
@@ -42,7 +42,7 @@ def grid(
     if suptitle: fig.suptitle(suptitle, fontsize=9)
     plt.show()
 
-# %% ../nbs/03_plot.ipynb #e29002e9
+# %% ../nbs/03_plot.ipynb #55c0ed54
 def overlay(
     image,            # (H, W, 3) or (3, H, W), uint8 or float in [0, 1]
     map,              # (h, w) in [0, 1], resized bilinearly to the image
@@ -57,7 +57,7 @@ def overlay(
     m = Image.fromarray(to_numpy(map).astype(np.float32)).resize(x.shape[1::-1], Image.BILINEAR)
     return (1 - alpha) * x + alpha * matplotlib.colormaps[cmap](np.asarray(m).clip(0, 1))[..., :3]
 
-# %% ../nbs/03_plot.ipynb #5811b90d
+# %% ../nbs/03_plot.ipynb #0925cac4
 def mask_rgb(mask) -> np.ndarray:
     "A (H, W) mask of class ids as (H, W, 3) uint8 in VOC's palette."
     return palette()[to_numpy(mask).astype(int)]
@@ -67,7 +67,7 @@ def group_rgb(groups) -> np.ndarray:
     import matplotlib
     return matplotlib.colormaps["tab10"](to_numpy(groups).astype(int) % 10)[..., :3]
 
-# %% ../nbs/03_plot.ipynb #3fb981da
+# %% ../nbs/03_plot.ipynb #3b39ddbf
 def curves(
     lines: dict,      # {label: (x, y)} or {label: (x, y, low, high)}
     xlabel="", ylabel="", title="",
@@ -86,7 +86,7 @@ def curves(
     if len(lines) > 1: ax.legend(fontsize=7)
     plt.show()
 
-# %% ../nbs/03_plot.ipynb #3b30f884
+# %% ../nbs/03_plot.ipynb #d3fbfe19
 def bars(
     names, values,    # one label and one value a bar
     low=None, high=None,  # interval bounds, one a bar
@@ -103,7 +103,7 @@ def bars(
     ax.invert_yaxis(); ax.grid(axis="x", alpha=.3); ax.set_axisbelow(True)
     plt.show()
 
-# %% ../nbs/03_plot.ipynb #eddc4270
+# %% ../nbs/03_plot.ipynb #45226842
 def table(
     matrix,           # (R, C) numbers
     rows, cols,       # R and C names
