@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['experiment_notebook', 'run_notebook', 'write_report', 'diclip_repro']
 
-# %% ../nbs/66_cli.ipynb #6e7dd443
+# %% ../nbs/66_cli.ipynb #2a7937ac
 import json, os, time
 from pathlib import Path
 from fastcore.script import Param, call_parse
 
-# %% ../nbs/66_cli.ipynb #3c955873
+# %% ../nbs/66_cli.ipynb #34df5c3f
 def experiment_notebook(name: str) -> Path:
     "The path of an experiment notebook. Raises FileNotFoundError outside a clone."
     path = Path(__file__).parent.parent / "nbs/experiments" / f"{name}.ipynb"
@@ -40,7 +40,7 @@ def write_report(notebook) -> Path:
     path.write_text(html, encoding="utf-8")
     return path
 
-# %% ../nbs/66_cli.ipynb #87528282
+# %% ../nbs/66_cli.ipynb #57387f52
 @call_parse
 def diclip_repro(
     profile: str = "mini",     # "mini", "voc" or "coco"

@@ -6,12 +6,12 @@
 __all__ = ['count_pairs', 'class_scores', 'mean_score', 'ConfusionMatrix', 'cam_confusion', 'threshold_matrices',
            'best_threshold', 'protocol']
 
-# %% ../nbs/04_metrics.ipynb #03484177
+# %% ../nbs/04_metrics.ipynb #582540b5
 import numpy as np, torch
 from torch import Tensor
 from fastcore.basics import patch
 
-# %% ../nbs/04_metrics.ipynb #1e1b6bfa
+# %% ../nbs/04_metrics.ipynb #398eb8d1
 def count_pairs(
     pred: Tensor,      # (B, H, W) class indices in [0, K)
     target: Tensor,    # (B, H, W) class indices in [0, K), or `ignore_index`
@@ -24,7 +24,7 @@ def count_pairs(
     triple = (image * K + target) * K + pred
     return torch.bincount(triple[target != ignore_index], minlength=B*K*K).view(B, K, K)
 
-# %% ../nbs/04_metrics.ipynb #59bf81a9
+# %% ../nbs/04_metrics.ipynb #4a0be400
 def class_scores(
     matrix: Tensor,  # (..., K, K) counts, rows = target, columns = prediction
 ) -> dict:           # name -> (..., K) float64, NaN where undefined
@@ -34,7 +34,7 @@ def class_scores(
     fp, fn = N.sum(-2) - tp, N.sum(-1) - tp
     return dict(iou=tp / (tp + fp + fn), precision=tp / (tp + fp), recall=tp / (tp + fn), confusion_ratio=torch.where(tp > 0, fp / tp, torch.nan))
 
-# %% ../nbs/04_metrics.ipynb #2ecfd5b5
+# %% ../nbs/04_metrics.ipynb #1c20abca
 def mean_score(
     matrix: Tensor,  # (..., K, K) counts, rows = target, columns = prediction
     metric: str = "miou",  # "miou" ("iou"), "precision", "recall", "confusion_ratio" or "accuracy"
@@ -46,7 +46,7 @@ def mean_score(
     if metric not in scores: raise ValueError(f"metric {metric!r} is unknown: take one of {', '.join(scores)}, accuracy")
     return scores[metric].nanmean(-1)
 
-# %% ../nbs/04_metrics.ipynb #71f0b3a8
+# %% ../nbs/04_metrics.ipynb #98e04598
 class ConfusionMatrix:
     "Streaming confusion matrix, rows = target and columns = prediction: every score of the paper is read off it. Raises ValueError for a bad size."
     def __init__(self,
@@ -65,7 +65,7 @@ class ConfusionMatrix:
         if not self.per_image: raise ValueError("this matrix keeps no record of its images: build it with per_image=True")
         return torch.cat(self._record)                                # (images, K*K), sparse
 
-# %% ../nbs/04_metrics.ipynb #fdafda75
+# %% ../nbs/04_metrics.ipynb #4687665a
 def _indices(mask, name):
     "A mask as (B, H, W) class indices, or a ValueError that says what is wrong."
     mask = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
@@ -84,7 +84,7 @@ def _pair(pred, target, num_classes, ignore_index):
             raise ValueError(f"{name} holds values from {mask.min()} to {mask.max()}: classes go from 0 to {num_classes - 1}, and only a target may hold {ignore_index}")
     return pred, target
 
-# %% ../nbs/04_metrics.ipynb #b28e5758
+# %% ../nbs/04_metrics.ipynb #1134705f
 @patch
 def update(self:ConfusionMatrix,
     pred,    # (H, W) or (B, H, W) integer tensor or array, classes in [0, K)
@@ -97,7 +97,7 @@ def update(self:ConfusionMatrix,
     if self.per_image: self._record.append(tables.flatten(1).to_sparse())
     return self
 
-# %% ../nbs/04_metrics.ipynb #e722425e
+# %% ../nbs/04_metrics.ipynb #1daeb93a
 @patch
 def iou(self:ConfusionMatrix, mean: bool = False) -> Tensor:
     "(K,) intersection over union, NaN for a class that is neither there nor predicted; or the mean."
@@ -123,7 +123,7 @@ def accuracy(self:ConfusionMatrix) -> float:
     "Share of the counted pixels that are right."
     return self._score("accuracy", True)
 
-# %% ../nbs/04_metrics.ipynb #320a18fe
+# %% ../nbs/04_metrics.ipynb #bfed9d7b
 @patch
 def undefined(self:ConfusionMatrix,
     names=None,                       # K names, or K - 1 names without the background; None: the indices
@@ -135,7 +135,7 @@ def undefined(self:ConfusionMatrix,
     if len(names) != self.num_classes: raise ValueError(f"{len(names)} names for {self.num_classes} classes: give all, or all but the background")
     return [n for n, v in zip(names, class_scores(self.matrix)[metric].tolist()) if v != v]
 
-# %% ../nbs/04_metrics.ipynb #a506007b
+# %% ../nbs/04_metrics.ipynb #4e68f19e
 @patch
 def __add__(self:ConfusionMatrix, other) -> "ConfusionMatrix":
     "The table of both sets of images. Raises ValueError where classes or the ignored value differ."
@@ -147,7 +147,7 @@ def __add__(self:ConfusionMatrix, other) -> "ConfusionMatrix":
     if out.per_image: out._record = self._record + other._record
     return out
 
-# %% ../nbs/04_metrics.ipynb #4de79ee5
+# %% ../nbs/04_metrics.ipynb #c66e4d32
 @patch
 def subset(self:ConfusionMatrix,
     images,  # numbers of images, in the order of their arrival
@@ -160,7 +160,7 @@ def subset(self:ConfusionMatrix,
     out.matrix = torch.sparse.sum(out._record[0], 0).to_dense().view_as(self.matrix)
     return out
 
-# %% ../nbs/04_metrics.ipynb #3ff881a6
+# %% ../nbs/04_metrics.ipynb #04cf42d2
 @patch
 def resampled(self:ConfusionMatrix,
     metric: str = "miou",  # any name that `mean_score` knows
@@ -174,7 +174,7 @@ def resampled(self:ConfusionMatrix,
     drawn = torch.stack([tables @ times() for _ in range(draws)])
     return mean_score(drawn.view(draws, *self.matrix.shape), metric)
 
-# %% ../nbs/04_metrics.ipynb #fbbf6440
+# %% ../nbs/04_metrics.ipynb #35f5c3a6
 @patch
 def bootstrap(self:ConfusionMatrix,
     metric: str = "miou",  # any name that `mean_score` knows
@@ -187,7 +187,7 @@ def bootstrap(self:ConfusionMatrix,
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)
     return tuple(self.resampled(metric, draws, seed).nanquantile(ends).tolist())
 
-# %% ../nbs/04_metrics.ipynb #a5229e65
+# %% ../nbs/04_metrics.ipynb #47902d8f
 def _strongest(maps, labels):
     "Value and index (B, H, W) of the strongest map among the present classes; -inf where an image has no class."
     if maps.isnan().any(): raise ValueError("maps hold NaN: normalize constant maps to 0 first")
@@ -206,7 +206,7 @@ def cam_confusion(
     value, index = _strongest(maps, labels)
     return ConfusionMatrix(maps.shape[1] + 1).update(torch.where(value > threshold, index + 1, 0), masks)
 
-# %% ../nbs/04_metrics.ipynb #b9b81b9c
+# %% ../nbs/04_metrics.ipynb #261309e0
 def threshold_matrices(
     maps: Tensor,    # (B, C, H, W) in [0, 1]
     labels: Tensor,  # (B, C) bool, the classes of each image
@@ -224,7 +224,7 @@ def threshold_matrices(
     above = cells.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)    # (T, C+1, C): foreground at each threshold
     return torch.cat([cells.sum((1, 2))[None, :, None] - above.sum(-1, keepdim=True), above], -1).cpu()
 
-# %% ../nbs/04_metrics.ipynb #e7f8ba17
+# %% ../nbs/04_metrics.ipynb #672cee0f
 def best_threshold(
     maps: Tensor,    # (B, C, H, W) in [0, 1]
     labels: Tensor,  # (B, C) bool, the classes of each image
@@ -234,7 +234,7 @@ def best_threshold(
     "The mIoU of CAMs at every threshold. Choose on training images, report on others. Raises ValueError as `threshold_matrices` does."
     return mean_score(threshold_matrices(maps, labels, masks, thresholds))
 
-# %% ../nbs/04_metrics.ipynb #69987e83
+# %% ../nbs/04_metrics.ipynb #4ed749d4
 def protocol(*,
     split: str,        # which images
     labels: bool,      # True: the image-level label was given

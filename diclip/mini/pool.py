@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'pool_item', 'write_chunk', 'write_pool', 'read_pool', 'named']
 
-# %% ../../nbs/mini/10_pool.ipynb #9b98519e
+# %% ../../nbs/mini/10_pool.ipynb #1c76eb02
 import json, os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from ..config import PROMPT
 from ..world import BACKGROUNDS, CLASSES, caption, render
 
-# %% ../../nbs/mini/10_pool.ipynb #234b20bf
+# %% ../../nbs/mini/10_pool.ipynb #fc7c697e
 def pool_item(
     kind: str,     # "scenes" or "portraits"
     index: int,    # the seed within the kind
@@ -27,7 +27,7 @@ def pool_item(
     if np.random.default_rng([9, index]).random() < .5: return s.image, PROMPT.format(category=name)
     return s.image, s.caption
 
-# %% ../../nbs/mini/10_pool.ipynb #24199743
+# %% ../../nbs/mini/10_pool.ipynb #ce2fe8b7
 def write_chunk(folder, kind, number, size=2000):
     "Render one chunk unless it is there already."
     stem = Path(folder) / f"{kind}_{number:03d}"
@@ -61,7 +61,7 @@ def read_pool(
     images = np.concatenate([np.load(s.with_suffix(".npy"), allow_pickle=False) for s in stems])
     return images, [c for s in stems for c in json.loads(s.read_text())]
 
-# %% ../../nbs/mini/10_pool.ipynb #f4b71a0b
+# %% ../../nbs/mini/10_pool.ipynb #06676d0d
 WORDS = CLASSES + BACKGROUNDS
 
 def named(

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['schedule', 'save_state', 'load_state', 'rank', 'read_log', 'fit']
 
-# %% ../../nbs/mini/11_training.ipynb #3e2f2796
+# %% ../../nbs/mini/11_training.ipynb #763048fb
 import json, os, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-# %% ../../nbs/mini/11_training.ipynb #2f40a3da
+# %% ../../nbs/mini/11_training.ipynb #a0091979
 def schedule(
     progress: float,      # share of the budget that is used, 0 to 1
     warm: float = .02,    # share spent warming up
@@ -20,7 +20,7 @@ def schedule(
     "Trapezoidal learning-rate factor."
     return max(0., min(1., progress / warm + .01, (1 - progress) / fall))
 
-# %% ../../nbs/mini/11_training.ipynb #7fc84221
+# %% ../../nbs/mini/11_training.ipynb #8ed4f246
 def _flatten(model, average, optimizer):
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
@@ -36,7 +36,7 @@ def save_state(folder, model, average, optimizer, counters):
     (folder / "counters.tmp").write_text(json.dumps(counters))
     os.replace(folder / "counters.tmp", folder / "counters.json")
 
-# %% ../../nbs/mini/11_training.ipynb #ecc884d3
+# %% ../../nbs/mini/11_training.ipynb #05b44195
 def load_state(folder, model, average, optimizer) -> dict:
     "Restore a checkpoint in place and return its counters; `{}` where there is none."
     folder = Path(folder)
@@ -52,7 +52,7 @@ def load_state(folder, model, average, optimizer) -> dict:
     if state: optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "counters.json").read_text())
 
-# %% ../../nbs/mini/11_training.ipynb #7e7d7a5a
+# %% ../../nbs/mini/11_training.ipynb #9ca352d5
 def rank() -> int:
     "Number of this process among those that torchrun started; 0 where there is only one."
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -70,7 +70,7 @@ def _agree(progress):
     torch.distributed.broadcast(box, 0)
     return box.item()
 
-# %% ../../nbs/mini/11_training.ipynb #d26a3c2d
+# %% ../../nbs/mini/11_training.ipynb #f734ec70
 def _step(model, optimizer, loss, clip):
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -84,7 +84,7 @@ def _average(average, model, step, decay):
     for k, v in model.state_dict().items():
         average[k].lerp_(v.detach().to(average[k].device), 1 - d) if v.is_floating_point() else average[k].copy_(v)
 
-# %% ../../nbs/mini/11_training.ipynb #c3c0a79a
+# %% ../../nbs/mini/11_training.ipynb #e5914b85
 def _log(folder, counters, values):
     line = dict(step=counters["step"], pictures=counters["pictures"], minutes=round(counters["seconds"] / 60, 2), **{k: round(v, 5) for k, v in values.items()})
     if rank() == 0:
@@ -94,7 +94,7 @@ def read_log(folder) -> list:
     "The log lines of a training as dictionaries."
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
-# %% ../../nbs/mini/11_training.ipynb #6e825aa0
+# %% ../../nbs/mini/11_training.ipynb #0cd2241b
 class _Run:
     "Model, running average, optimizer and counters of one training."
     def __init__(self, model, folder, rate, weight_decay):
@@ -123,7 +123,7 @@ class _Run:
             save_state(self.folder, self.model, self.average, self.optimizer, self.counters)
             if evaluate: _log(self.folder, self.counters, evaluate(self.average)); self.model.train()
 
-# %% ../../nbs/mini/11_training.ipynb #77428e9b
+# %% ../../nbs/mini/11_training.ipynb #6e14ef9f
 def fit(
     model,                    # an nn.Module
     batch_loss,               # batch_loss(step) -> (loss tensor, {name: float} to log)

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULE', 'new_unet', 'new_text_encoder', 'Denoiser', 'Latents', 'time_steps', 'DiffusionLoss', 'train_unet',
            'ship_sd', 'main']
 
-# %% ../../nbs/mini/40_unet.ipynb #d6c8a4e5
+# %% ../../nbs/mini/40_unet.ipynb #c3e9f69f
 import os, shutil
 from pathlib import Path
 import numpy as np
@@ -17,7 +17,7 @@ from .pool import read_pool
 from .training import fit, rank, read_log
 from .vocabulary import corpus, learn_merges, write_transformers
 
-# %% ../../nbs/mini/40_unet.ipynb #2db35ec3
+# %% ../../nbs/mini/40_unet.ipynb #f39bb066
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, prediction_type="v_prediction")
 
 def new_unet():
@@ -35,7 +35,7 @@ def new_text_encoder(tokenizer):
                             max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end, projection_dim=64)
     return CLIPTextModel(config)
 
-# %% ../../nbs/mini/40_unet.ipynb #06e9cfae
+# %% ../../nbs/mini/40_unet.ipynb #4eb45598
 class Denoiser(torch.nn.Module):
     "Text encoder and UNet as one trainable module."
     def __init__(self, folder):
@@ -52,7 +52,7 @@ class Denoiser(torch.nn.Module):
         unique, back = ids.unique(dim=0, return_inverse=True)
         return self.unet(z, t, self.text(unique).last_hidden_state[back]).sample
 
-# %% ../../nbs/mini/40_unet.ipynb #8d7e2cfd
+# %% ../../nbs/mini/40_unet.ipynb #4d29f966
 class Latents:
     "Both pools as latents, encoded the first time that a picture is drawn."
     def __init__(self, vae, pool, model, portraits=.6, seed=0, device="cpu"):
@@ -77,7 +77,7 @@ class Latents:
         ids[torch.from_numpy(self.rng.random(n) < .1)] = self.null
         return self.z[index].to(self.device), ids.to(self.device)
 
-# %% ../../nbs/mini/40_unet.ipynb #0150852b
+# %% ../../nbs/mini/40_unet.ipynb #44b5fe38
 def time_steps(n, rng):
     "Half uniform over the schedule, half around its middle."
     middle = np.clip(rng.normal(450, 180, n), 0, 999)
@@ -96,7 +96,7 @@ class DiffusionLoss:
         loss = F.mse_loss(self.model(self.noise.add_noise(z, e, t), t, ids), self.noise.get_velocity(z, e, t))
         return loss, dict(loss=loss.item())
 
-# %% ../../nbs/mini/40_unet.ipynb #31046f0a
+# %% ../../nbs/mini/40_unet.ipynb #694aad5d
 def train_unet(
     folder, pool, vae,         # checkpoint and log; the pre-training pool; a trained autoencoder
     minutes: float = None, steps: int = None,   # the budget
@@ -119,7 +119,7 @@ def train_unet(
     model.load_state_dict(fit(model, DiffusionLoss(model, latents, batch), folder, rate, batch, minutes, steps))
     return model.eval()
 
-# %% ../../nbs/mini/40_unet.ipynb #5384e538
+# %% ../../nbs/mini/40_unet.ipynb #67c85c74
 def ship_sd(model, vae, folder):
     "Write a `StableDiffusionPipeline` folder in half precision."
     from copy import deepcopy
@@ -130,7 +130,7 @@ def ship_sd(model, vae, folder):
                                    requires_safety_checker=False)
     pipe.save_pretrained(folder, safe_serialization=True)
 
-# %% ../../nbs/mini/40_unet.ipynb #d56f4487
+# %% ../../nbs/mini/40_unet.ipynb #68bfe645
 @call_parse
 def main(
     folder: str,           # checkpoint, log and, in the end, the folder `pipeline`

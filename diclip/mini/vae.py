@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['new_vae', 'vae_loss', 'Crops', 'latent_scale', 'train_vae']
 
-# %% ../../nbs/mini/30_vae.ipynb #125b7844
+# %% ../../nbs/mini/30_vae.ipynb #6ce0f228
 from pathlib import Path
 import numpy as np
 import torch
 from .pool import read_pool
 from .training import fit, read_log
 
-# %% ../../nbs/mini/30_vae.ipynb #9a37f692
+# %% ../../nbs/mini/30_vae.ipynb #5d2d2e9e
 def new_vae():
     "The mini autoencoder with random weights: (B, 3, 96, 96) <-> (B, 16, 12, 12)."
     from diffusers import AutoencoderKL
@@ -20,7 +20,7 @@ def new_vae():
     return AutoencoderKL(in_channels=3, out_channels=3, down_block_types=down, up_block_types=up, block_out_channels=(12, 24, 48, 64), layers_per_block=1,
                          latent_channels=16, norm_num_groups=4, sample_size=96, mid_block_add_attention=False, force_upcast=False)
 
-# %% ../../nbs/mini/30_vae.ipynb #1e385104
+# %% ../../nbs/mini/30_vae.ipynb #8ab0bda8
 def vae_loss(
     vae, x,               # the model; images (B, 3, H, W) in [-1, 1]
     kl_weight=2e-5,       # per latent number
@@ -33,7 +33,7 @@ def vae_loss(
     kl = q.kl().mean() / q.mean[0].numel()
     return pixels + .5 * edges + kl_weight * kl, dict(pixels=pixels.item(), edges=edges.item(), kl=kl.item())
 
-# %% ../../nbs/mini/30_vae.ipynb #adf07546
+# %% ../../nbs/mini/30_vae.ipynb #bb50ed31
 class Crops:
     "Random crops and flips of both pools, half and half."
     def __init__(self, pool, batch=8, size=48, seed=0, device="cpu"):
@@ -50,7 +50,7 @@ class Crops:
             out.append(crop[:, ::-1] if self.rng.random() < .5 else crop)
         return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
 
-# %% ../../nbs/mini/30_vae.ipynb #cea01e33
+# %% ../../nbs/mini/30_vae.ipynb #66ef90bd
 def latent_scale(vae, images):
     "One over the standard deviation of the latents of images (B, 3, H, W) in [-1, 1]."
     with torch.no_grad(): return 1 / vae.encode(images).latent_dist.mean.std().item()

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['corpus', 'learn_merges', 'write_open_clip', 'write_transformers']
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #9e914fb4
+# %% ../../nbs/mini/12_vocabulary.ipynb #cfdb5d0f
 import gzip, json
 from pathlib import Path
 from ..config import MINI, PROMPT
 from ..world import BACKGROUNDS, CLASSES
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #a69c3b48
+# %% ../../nbs/mini/12_vocabulary.ipynb #92ebaf73
 def corpus() -> list:
     "Sentences with every word that the mini models meet."
     starts = ("a photo of", "a picture of", "an image of", "a clean origami")
     sentences = [f"{s} a {c} and a {c} on {b}" for s in starts for c in CLASSES for b in BACKGROUNDS]
     return sentences + [PROMPT.format(category=c) for c in CLASSES] * 20 + ["nothing on"] * 20
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #162797bc
+# %% ../../nbs/mini/12_vocabulary.ipynb #42ce3719
 def learn_merges(
     sentences: list,     # training text
     size: int = 400,     # most merges to learn
@@ -32,7 +32,7 @@ def learn_merges(
     tok.train_from_iterator(sentences, trainer)
     return [tuple(m) for m in json.loads(tok.to_str())["model"]["merges"]]
 
-# %% ../../nbs/mini/12_vocabulary.ipynb #e3ee6757
+# %% ../../nbs/mini/12_vocabulary.ipynb #3f118ff9
 def _bytes():
     from open_clip.tokenizer import bytes_to_unicode
     return list(bytes_to_unicode().values())
