@@ -6,7 +6,7 @@
 __all__ = ['SAFE_NAMES', 'OPENAI_MEAN', 'OPENAI_STD', 'conv_bn', 'ConvStem', 'mini_clip', 'WeightsError', 'load_tokenizer',
            'find_folder', 'read_weights', 'folder_clip', 'missing_weights', 'hub_clip']
 
-# %% ../nbs/09_clip_weights.ipynb #07d536f9
+# %% ../nbs/09_clip_weights.ipynb #027687d5
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -14,12 +14,12 @@ from pathlib import Path
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/09_clip_weights.ipynb #97c2a021
+# %% ../nbs/09_clip_weights.ipynb #02b734b2
 def conv_bn(inp, out, stride=1): # input channels, output channels, stride
     "A 3x3 convolution and its batch norm: the bricks of `ConvStem`."
     return nn.Sequential(nn.Conv2d(inp, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out))
 
-# %% ../nbs/09_clip_weights.ipynb #d397f74d
+# %% ../nbs/09_clip_weights.ipynb #5146cc1d
 class ConvStem(nn.Module):
     "A convolutional patch embedding: (B, 3, H, W) -> (B, out, H/patch, W/patch), in the place of `visual.conv1`."
     def __init__(self,
@@ -39,7 +39,7 @@ class ConvStem(nn.Module):
         x = self.down(x)
         return self.proj(F.gelu(x + self.res(x)))
 
-# %% ../nbs/09_clip_weights.ipynb #c804f932
+# %% ../nbs/09_clip_weights.ipynb #d5f7679a
 def mini_clip(config: dict # "model_cfg" as open_clip writes it; optional "stem": {"widths": [...]}
              ): # open_clip.CLIP with random weights
     "An `open_clip.CLIP` from its config; the key \"stem\" swaps `visual.conv1` for a `ConvStem`."
@@ -50,11 +50,11 @@ def mini_clip(config: dict # "model_cfg" as open_clip writes it; optional "stem"
         vision.conv1 = ConvStem(tuple(config["stem"]["widths"]), vision.conv1.out_channels, vision.patch_size[0])
     return model
 
-# %% ../nbs/09_clip_weights.ipynb #8bc8e766
+# %% ../nbs/09_clip_weights.ipynb #99ab3580
 class WeightsError(OSError):
     "Model weights that are missing, damaged or do not fit; the message says how to get them."
 
-# %% ../nbs/09_clip_weights.ipynb #18012fc0
+# %% ../nbs/09_clip_weights.ipynb #83508a64
 def load_tokenizer(bpe,          # path of gzipped merges (a header line, then one merge a line), or None for open_clip's own
                    config: dict, # the model's config; its text_cfg fixes context_length and vocab_size
                   ): # callable: list of str -> (n, context_length) token ids
@@ -69,7 +69,7 @@ def load_tokenizer(bpe,          # path of gzipped merges (a header line, then o
         raise ValueError(f"{Path(bpe).name} makes {tokenizer.vocab_size} tokens, the model has vocab_size {size}: use the merges it was trained with.")
     return tokenizer
 
-# %% ../nbs/09_clip_weights.ipynb #b81edb8a
+# %% ../nbs/09_clip_weights.ipynb #8d2b7f8b
 SAFE_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 
 def find_folder(name: str # absolute path, or relative to the package or to the working folder
@@ -80,7 +80,7 @@ def find_folder(name: str # absolute path, or relative to the package or to the 
     raise WeightsError(f"{name!r} is neither an open_clip model nor a folder: give a name of open_clip.list_models(), or a folder with "
                        f"open_clip_config.json and {SAFE_NAMES[0]} (the mini CLIP's folder ships with diclip: reinstall it if it is gone).")
 
-# %% ../nbs/09_clip_weights.ipynb #40140b70
+# %% ../nbs/09_clip_weights.ipynb #6a29ecde
 def read_weights(model, path): # open_clip.CLIP; safetensors file
     "Fill `model` from `path`. Raises WeightsError for a file that is damaged or does not fit."
     from open_clip.factory import load_checkpoint
@@ -89,7 +89,7 @@ def read_weights(model, path): # open_clip.CLIP; safetensors file
         raise WeightsError(f"{Path(path).name} is damaged or does not fit its config ({str(e).splitlines()[0][:120]}): delete it and fetch it again.") from e
     return model.eval()
 
-# %% ../nbs/09_clip_weights.ipynb #172b45a7
+# %% ../nbs/09_clip_weights.ipynb #4fe57dee
 def folder_clip(folder: Path # holds open_clip_config.json, open_clip_model.safetensors and maybe bpe.txt.gz
                ) -> dict: # the arguments of `DenseCLIP`
     "A CLIP from a local folder. Raises WeightsError for whatever is missing or damaged."
@@ -108,10 +108,10 @@ def folder_clip(folder: Path # holds open_clip_config.json, open_clip_model.safe
     pre = {k: v for k, v in config.get("preprocess_cfg", {}).items() if k in ("mean", "std")}
     return dict(model=read_weights(model, folder/weights), tokenizer=tokenizer, name=folder.name, **pre)
 
-# %% ../nbs/09_clip_weights.ipynb #9721f0a0
+# %% ../nbs/09_clip_weights.ipynb #0cdaed2e
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-# %% ../nbs/09_clip_weights.ipynb #f2be3014
+# %% ../nbs/09_clip_weights.ipynb #51c9920a
 def missing_weights(name, tag, cfg, config): # model, pretrained tag, open_clip's entry for the tag and config of the model
     "The error for weights that could not be fetched; the size is that of the attention blocks and the word embedding in float32."
     vision, text = [(t.get("layers", 12), t.get("width", w)) for t, w in ((config["vision_cfg"], 768), (config["text_cfg"], 512))]
@@ -122,7 +122,7 @@ def missing_weights(name, tag, cfg, config): # model, pretrained tag, open_clip'
     return WeightsError(f"The weights of {name} ({tag}, about {size} MB) are neither in the cache nor can they be downloaded: "
                         f"connect once and run `{how}`, or use profile('mini'), which needs no download.")
 
-# %% ../nbs/09_clip_weights.ipynb #aa58584a
+# %% ../nbs/09_clip_weights.ipynb #b2d69cfe
 def hub_clip(name: str, # a name of open_clip.list_models()
              tag: str,  # a pretrained tag such as "openai", or the path of a safetensors file
             ) -> dict:  # the arguments of `DenseCLIP`

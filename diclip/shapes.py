@@ -6,10 +6,10 @@
 __all__ = ['CLASSES', 'KINDS', 'poly', 'box', 'oval', 'ribbon', 'boat', 'car', 'train', 'plane', 'bird', 'cat', 'bottle', 'chair',
            'silhouette']
 
-# %% ../nbs/01_shapes.ipynb #c721bdb6
+# %% ../nbs/01_shapes.ipynb #e02539d7
 import numpy as np
 
-# %% ../nbs/01_shapes.ipynb #ee0f37cd
+# %% ../nbs/01_shapes.ipynb #b7f985a2
 CLASSES = ("boat", "plane", "bird", "car", "train", "cat", "bottle", "chair")
 
 def poly(*points): return np.array(points, dtype=float)
@@ -33,7 +33,7 @@ def ribbon(a, b, c, width0, width1, n=14):
     w = width0 + (width1 - width0) * t
     return np.concatenate([line + w*normal, (line - w*normal)[::-1]])
 
-# %% ../nbs/01_shapes.ipynb #ee89708e
+# %% ../nbs/01_shapes.ipynb #4aaae0a1
 def _sailing_boat(u):
     m, top = u(-.2, .2), u(-1.1, -.9)
     return [(box(m-.04, top, m+.04, .5), "dark"), (poly((m+.07, top+.05), (m+.07, .3), (m+u(.6, .85), .3)), 1),
@@ -53,7 +53,7 @@ def boat(u, kind):
     hull = poly((-1, .4-.2*h), (1, .4-.3*h), (keel, .42+h), (-keel, .42+h))
     return (_sailing_boat, _motor_boat, _steam_boat)[kind](u) + [(hull, 0), (box(-.8, .5, .8, .57), 2)]
 
-# %% ../nbs/01_shapes.ipynb #7b2c9b03
+# %% ../nbs/01_shapes.ipynb #60a2007e
 def _wheels(xs, y, r): return [p for x in xs for p in ((oval(x, y, r, r), "dark"), (oval(x, y, r/2, r/2, n=10), "light"))]
 
 def car(u, kind):
@@ -68,7 +68,7 @@ def car(u, kind):
                 (poly((.46, -.17), (.7, -.17), (.87, .08), (.46, .08)), "light"), (box(-1, .35, 1, .46), 2)]
     return body + _wheels((-.58, .58), .45, u(.19, .25))
 
-# %% ../nbs/01_shapes.ipynb #2917ac07
+# %% ../nbs/01_shapes.ipynb #bf6c4062
 def train(u, kind):
     n = 2 + (u(0, 1) < .5)
     length, parts = 2.4 / n, []
@@ -95,7 +95,7 @@ def plane(u, kind):
     tail = [(poly((-.7, 0), (-.9, .4*s), (-1.02, .4*s), (-.95, 0)), 2) for s in (-1, 1)]
     return wings + tail + [(oval(0, 0, 1, body, n=30), 0), (oval(.75, 0, .12, body*.6, n=12), "dark")]
 
-# %% ../nbs/01_shapes.ipynb #fe8b496d
+# %% ../nbs/01_shapes.ipynb #be734d2a
 def bird(u, kind):
     if kind == 0:  # perched
         return [(poly((-.5, .1), (-1.1, u(-.1, .35)), (-1.05, .45), (-.4, .35)), 2), (box(-.13, .5, -.06, .95), "dark"), (box(.1, .5, .17, .95), "dark"),
@@ -118,7 +118,7 @@ def cat(u, kind):
     eyes = [(oval(x+s*r*.4, y-.05, .07, .08, n=10), "light") for s in (-1, 1)]
     return parts + ears + [(oval(x, y, r, r*.9), 0)] + eyes + [(poly((x-.06, y+.07), (x+.06, y+.07), (x, y+.15)), "dark")]
 
-# %% ../nbs/01_shapes.ipynb #44044a39
+# %% ../nbs/01_shapes.ipynb #532fb45d
 def bottle(u, kind):
     w, neck = u(.24, .34), u(.08, .12)
     if kind == 0:    # wine
@@ -141,7 +141,7 @@ def chair(u, kind):
     return [(poly((-.65, -.75), (.65, -.75), (.7, .4), (-.7, .4)), 0), (box(-.62, .15, .62, .52), 1), (box(-.95, -.15, -.6, .8), 0),   # armchair
             (box(.6, -.15, .95, .8), 0), (box(-.62, .5, .62, .8), 2), (box(-.88, .8, -.72, 1), "dark"), (box(.72, .8, .88, 1), "dark")]
 
-# %% ../nbs/01_shapes.ipynb #db855628
+# %% ../nbs/01_shapes.ipynb #52db77cb
 KINDS = dict(boat=3, plane=2, bird=2, car=3, train=2, cat=2, bottle=3, chair=3)
 
 def silhouette(

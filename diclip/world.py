@@ -7,13 +7,13 @@ __all__ = ['SIZE', 'OVERSAMPLE', 'BACKGROUNDS', 'Y', 'X', 'P_PATTERN', 'P_CAMOUF
            'SPLIT_SIZE', 'P_HOME', 'P_COMPANION', 'MIN_PIXELS', 'noise', 'hsv', 'random_color', 'textured', 'pattern',
            'surface', 'background', 'paint', 'Scene', 'caption', 'render']
 
-# %% ../nbs/01_world.ipynb #c99af160
+# %% ../nbs/01_world.ipynb #67c7ac13
 from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 from .shapes import CLASSES, silhouette, box, oval
 
-# %% ../nbs/01_world.ipynb #e9396b85
+# %% ../nbs/01_world.ipynb #a3d2e61b
 SIZE, OVERSAMPLE = 96, 3
 BACKGROUNDS = ("water", "sky", "road", "rails", "indoor", "grass")
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
@@ -41,7 +41,7 @@ def textured(rng, color):
     elif kind == 2: flat = (.8 + .4 * (Y if rng.random() < .5 else X))[..., None]
     return flat * color
 
-# %% ../nbs/01_world.ipynb #38ba60df
+# %% ../nbs/01_world.ipynb #ba7a6d04
 P_PATTERN, P_CAMOUFLAGE = .6, .3
 
 def pattern(rng):
@@ -59,7 +59,7 @@ def surface(rng, around):
     first = textured(rng, color())
     return np.where(pattern(rng)[..., None], first, textured(rng, color())) if rng.random() < P_PATTERN else first
 
-# %% ../nbs/01_world.ipynb #ee83bdb4
+# %% ../nbs/01_world.ipynb #fa98f9c9
 def _sky(rng):
     top, low = hsv(rng.uniform(.5, .66), rng.uniform(.15, .6), rng.uniform(.6, 1)), hsv(rng.uniform(.5, .7), rng.uniform(.05, .35), rng.uniform(.75, 1))
     cloud = np.clip(noise(rng, 4, 3) - .2, 0, 1)[..., None] * rng.uniform(0, .6)
@@ -74,6 +74,7 @@ def _grass(rng, depth):
     base = hsv(rng.uniform(.2, .38), rng.uniform(.35, .8), rng.uniform(.35, .75))
     return base * (.8 + .3 * depth[..., None]) + (.07 * noise(rng, 48, 24) + .05 * noise(rng, 8))[..., None]
 
+# %% ../nbs/01_world.ipynb #92b1fa0e
 def _road(rng, depth):
     ground = np.full((SIZE, SIZE, 3), rng.uniform(.25, .5), np.float32) + .02 * noise(rng, 32)[..., None]
     at = rng.uniform(.55, .85)
@@ -97,7 +98,7 @@ def _wall(rng):
     if kind == 2: wall = 1 + .1 * (np.sin(X * rng.uniform(15, 40)) * np.sin(Y * rng.uniform(15, 40)) > 0)[..., None]
     return wall * hsv(rng.random(), rng.uniform(.05, .5), rng.uniform(.5, .95))
 
-# %% ../nbs/01_world.ipynb #a37961aa
+# %% ../nbs/01_world.ipynb #204c3c5f
 def background(rng, kind):
     "A (SIZE, SIZE, 3) background of one of `BACKGROUNDS`, with a horizon at a random height."
     light = 1 + .12 * noise(rng, 3)[..., None]
@@ -108,7 +109,7 @@ def background(rng, kind):
     near = dict(water=_water, grass=_grass, road=_road, rails=_rails, indoor=_floor)[kind](rng, depth)
     return np.where((Y > horizon)[..., None], near, far) * light
 
-# %% ../nbs/01_world.ipynb #16715841
+# %% ../nbs/01_world.ipynb #af091f16
 def _coverage(points):
     "The share (SIZE, SIZE) of every pixel inside a polygon given in image units [0, 1], and its bounding slices."
     n = SIZE * OVERSAMPLE
@@ -134,7 +135,7 @@ def paint(rng, image, parts):
         covered[at] = np.maximum(covered[at], hit[0])
     return covered
 
-# %% ../nbs/01_world.ipynb #8cd42d48
+# %% ../nbs/01_world.ipynb #ded68c1d
 def _pose(parts, x, y, scale, angle, mirror, stretch):
     c, s = np.cos(angle), np.sin(angle)
     turn = np.array([[c, s], [-s, c]]) * scale
@@ -158,7 +159,7 @@ def _clutter(rng, image):
         shape = oval(x, y, r, r * rng.uniform(.5, 1.2)) if rng.random() < .5 else box(x-r, y-r*rng.uniform(.3, 1.5), x+r, y+r)
         paint(rng, image, [(shape, 0)])
 
-# %% ../nbs/01_world.ipynb #391fad43
+# %% ../nbs/01_world.ipynb #03e05253
 HOME = dict(boat="water", plane="sky", bird="grass", car="road", train="rails", cat="indoor", bottle="indoor", chair="indoor")
 COMPANIONS = dict(boat=("bird", "boat"), plane=("bird", "plane"), bird=("boat", "cat"), car=("train", "car"),
                   train=("car", "bird"), cat=("chair", "bottle"), bottle=("chair", "cat"), chair=("bottle", "cat"))
@@ -190,7 +191,7 @@ def caption(rng, labels, background):
     things = " and ".join(f"a {n}" for n in names) or "nothing"
     return f"{start} {things}" + (f" on {background}" if rng.random() < .7 else "")
 
-# %% ../nbs/01_world.ipynb #8b88898b
+# %% ../nbs/01_world.ipynb #2b50878d
 def render(
     index: int,                 # which scene of the split, 0 or more
     split: str = "train",       # a key of `SPLITS`; scenes of two splits never share a seed
