@@ -58,8 +58,10 @@ def diclip_repro(
     "Measure CLIP, + VCE, + cache and their controls; print the table beside the paper's numbers, write a record and an HTML report"
     from diclip.config import profile as get_profile
     from diclip.data import open_dataset
+    from diclip.world import CLASSES
     start, p = time.time(), get_profile(profile)
-    if cache_images not in ("generated", "rendered")[:2 if profile == "mini" else 1]: raise ValueError(f"cache_images={cache_images!r}: profile {profile!r} has generated" + " or rendered images" * (profile == "mini"))
+    if cache_images not in ("generated", "rendered"): raise ValueError(f"cache_images={cache_images!r}: choose generated or rendered")
+    if cache_images == "rendered" and not set(p.classes) <= set(CLASSES): raise ValueError(f"cache_images='rendered' draws {', '.join(CLASSES)} only: choose generated")
     for s in ("train", split): open_dataset(p, s, data or None)      # complain about the data now, not in the middle of the notebook
     record = run_notebook("components", out, profile=profile, data=str(Path(data).resolve()) if data else "", device=device, n_train=n_train, n_val=n_val,
                           split=split, seeds=seeds, per_class=per_class, remake_pool=remake_pool, cache_images=cache_images)

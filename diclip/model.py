@@ -42,18 +42,19 @@ class DiCLIP:
         self.cache = cache
         return self
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name="mini",           # "mini", "voc", "coco", or a `Profile`
-        device="cpu",          # where both models run
-        dtype=torch.float32,   # of both models; attention is always computed in float32
-        cache=None,            # a `Cache` or its path
-        **overrides,           # settings of the profile to change
-    ):
-        "Load both models of a profile. Raises ValueError for unknown names, and one clear error where weights are missing."
-        p = name if isinstance(name, Profile) else get_profile(name, **overrides)
-        return cls(load_clip(p, device, dtype), load_sd(p, device, dtype), p, cache)
+# %% ../nbs/64_model.ipynb #a64cls01
+@patch(cls_method=True)
+def from_pretrained(
+    cls: DiCLIP,
+    name="mini",           # "mini", "voc", "coco", or a `Profile`
+    device="cpu",          # where both models run
+    dtype=torch.float32,   # of both models; attention is always computed in float32
+    cache=None,            # a `Cache` or its path
+    **overrides,           # settings of the profile to change
+):
+    "Load both models of a profile. Raises ValueError for unknown names, and one clear error where weights are missing."
+    p = name if isinstance(name, Profile) else get_profile(name, **overrides)
+    return cls(load_clip(p, device, dtype), load_sd(p, device, dtype), p, cache)
 
 # %% ../nbs/64_model.ipynb #93fd2435
 def _as_array(image):
