@@ -6,14 +6,14 @@
 __all__ = ['PROMPT', 'VOC_CLASSES', 'BACKGROUND_WORDS', 'VOC', 'COCO_CLASSES', 'COCO', 'MINI_CLASSES', 'MINI', 'PROFILES',
            'Profile', 'profile']
 
-# %% ../nbs/00_config.ipynb #5ae270e8
+# %% ../nbs/00_config.ipynb #4e98ff00
 from dataclasses import dataclass, fields, replace
 
-# %% ../nbs/00_config.ipynb #185b33c6
+# %% ../nbs/00_config.ipynb #eedcb479
 PROMPT = ("a realistic photograph of a fully visible, entire {category} with natural colors, centered in the image, with a clear and distinct background, "
           "high color contrast, and the {category} not occupying the entire frame, ensuring it is completely visible without cropping.")
 
-# %% ../nbs/00_config.ipynb #2685c2ae
+# %% ../nbs/00_config.ipynb #c9a787e8
 @dataclass(frozen=True)
 class Profile:
     "Everything that DiCLIP needs to know about a data set and a pair of models."
@@ -54,6 +54,31 @@ class Profile:
     # D. retrieval
     beta: float = .5                     # cache weight (11)(13) (Table VI g)
     gamma: float = 1.                    # background score (1 - max M)^gamma (family)
+    thresholds: tuple | None = None      # (low, high) in the place of the background score (logs: .25, .7)
+    par_dilations: tuple = (1, 2, 4, 8, 12, 24)  # pixels; () leaves pixel-adaptive refinement out (AFA)
+    par_rounds: int = 20                 # of the refinement (AFA)
+    affinity: bool = False               # walk the CAM along CLIP's attention before refining it (logs, 13_affinity)
+    # E. training
+    head: str = "transformer"            # or "conv" (Table IX)
+    head_width: int = 256                # channels of the head (family)
+    prompts: int = 92                    # learnable pairs of the adapter (Table VI f)
+    prompt_noise: float = 0.             # standard deviation of the prompts' keys at the start (50_retrieval)
+    iterations: int = 20_000             # (log)
+    batch: int = 4                       # images an iteration and process (log)
+    rate: float = 2e-3                   # base learning rate of head and adapter (log: 2e-4, times 10 in the family)
+    warmup: int = 50                     # iterations (log)
+    weight_decay: float = .01            # (log)
+    cache_weight: float = .1             # lambda of (15) (Table VI h)
+    affinity_weight: float = 0.          # of the logs' affinity loss, which the paper does not mention (logs: .1)
+    long_side: tuple | None = (512, 2048)  # range of the random resize, pixels; None leaves images as they are (family)
+    rescale: tuple | None = (.5, 2.)     # range of the random rescale (family)
+    flip: bool = True                    # mirror half of the images (family)
+    # F. inference
+    scales: tuple = (.7, 1., 1.2, 1.5)   # of the squashed input, mirrored too (family)
+    cam_scales: tuple = (1., .5, .75, 1.5)  # of CAMs (log)
+    crf_rounds: int = 10                 # of DenseCRF's mean field (family)
+    crf_position: tuple = (1, 3)         # width in pixels, weight (family)
+    crf_bilateral: tuple = (67, 3, 4)    # width in pixels, width in gray levels, weight (family)
 
     def __post_init__(self):
         if len(self.classes) != len(self.prompt_names): raise ValueError(f"{len(self.classes)} classes need as many prompt_names, not {len(self.prompt_names)}")
@@ -64,7 +89,7 @@ class Profile:
         "(h, w), CLIP's patch grid at the profile's crop."
         return (self.crop // self.patch,) * 2
 
-# %% ../nbs/00_config.ipynb #f327ce41
+# %% ../nbs/00_config.ipynb #2c1f3bbc
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
                "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 _RENAMED = {"bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tvmonitor": "tvmonitor screen"}
@@ -72,26 +97,32 @@ BACKGROUND_WORDS = ("ground", "land", "grass", "tree", "building", "wall", "sky"
                     "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley", "bridge", "sign")
 VOC = Profile("voc", VOC_CLASSES, tuple(_RENAMED.get(c, c) for c in VOC_CLASSES), BACKGROUND_WORDS)
 
-# %% ../nbs/00_config.ipynb #1901afdf
+# %% ../nbs/00_config.ipynb #41845a4b
 COCO_CLASSES = tuple("""person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,
 sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,
 tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,
 dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"""
                      .replace("\n", "").split(","))
-COCO = Profile("coco", COCO_CLASSES, COCO_CLASSES, BACKGROUND_WORDS, centroids=5)
+COCO = Profile("coco", COCO_CLASSES, COCO_CLASSES, BACKGROUND_WORDS, centroids=5,
+               iterations=100_000, rate=1e-3, warmup=200)   # (log)
 
-# %% ../nbs/00_config.ipynb #afdd255a
+# %% ../nbs/00_config.ipynb #9818c0a6
 MINI_CLASSES = ("boat", "plane", "bird", "car", "train", "cat", "bottle", "chair")
 MINI = Profile("mini", MINI_CLASSES, MINI_CLASSES, ("water", "sky", "road", "rails", "indoor", "grass"), ("a photo of a {}",),
                clip="weights/mini_clip", clip_weights="", sd="weights/mini_sd", sd_alternatives=(), crop=96, patch=8, size=96,
                timestep=50,             # experiments/choices
                readout="surgery", layers=6, alpha=4.,  # experiments/choices: this CLIP keeps its class evidence in early layers
                mask_threshold=.8,       # 39_keys: masks at 0.5 are too wide here
-               guidance=3., steps=25)   # 20_sd: a small model overshoots at 7.5
+               guidance=3., steps=25,   # 20_sd: a small model overshoots at 7.5
+               gamma=.3,                # a threshold of 0.7, which experiments/components finds on train
+               par_dilations=(1, 2, 4), par_rounds=10,   # 62_supervision: larger ones reach across these small scenes
+               head_width=64, iterations=300, batch=16, warmup=20, prompts=20,   # small images and models: minutes instead of hours
+               long_side=None, rescale=None, flip=False,   # scenes already have the crop's size
+               scales=(1., 1.5), cam_scales=(1.,), crf_bilateral=(13, 3, 4))   # 63_infer, 63_crf
 
 PROFILES = {p.name: p for p in (MINI, VOC, COCO)}
 
-# %% ../nbs/00_config.ipynb #a746a97a
+# %% ../nbs/00_config.ipynb #0947515d
 def profile(
     name: str = "mini",     # "mini", "voc" or "coco"
     **overrides,            # settings to change, e.g. rounds=0

@@ -133,7 +133,7 @@ def export_voc(
 
 # %% ../nbs/02_data.ipynb #08702580
 VOC_HELP = ("expected the folder VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation; "
-            "get VOCtrainval_11-May-2012.tar (2 GB) from host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack it")
+            "`diclip_data voc --root data` fetches it (2 GB), or unpack VOCtrainval_11-May-2012.tar there")
 
 class VOC(Sequence):
     "PASCAL VOC 2012 or any folder in its format. Raises ValueError for a folder that is not, naming what is missing."

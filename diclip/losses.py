@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['seg_loss', 'cache_loss', 'affinity_loss', 'learning_rate']
 
-# %% ../nbs/60_losses.ipynb #e4eea224
+# %% ../nbs/60_losses.ipynb #dc4eb7db
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/60_losses.ipynb #9d22ab59
+# %% ../nbs/60_losses.ipynb #6d1f78be
 def seg_loss(
     logits: Tensor,          # (B, K, H, W), background first
     target: Tensor,          # (B, H, W) int: 0 background, 1 to K - 1 classes, `ignore`
@@ -21,26 +21,29 @@ def seg_loss(
     if logits.ndim != 4 or target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not fit: give (B, K, H, W) and (B, H, W), resize the logits first")
     known = target[target != ignore]
-    if known.numel() and not 0 <= known.min() <= known.max() < logits.shape[1]:
-        raise ValueError(f"the target has label {int(known.max())}, but there are {logits.shape[1]} outputs: the background is 0 and class c is c + 1")
+    if (bad := known[(known < 0) | (known >= logits.shape[1])]).numel():
+        raise ValueError(f"the target has label {int(bad[0])}, but there are {logits.shape[1]} outputs: the background is 0 and class c is c + 1")
     loss = F.cross_entropy(logits, target.long(), ignore_index=ignore, reduction="none")
     parts = torch.stack([target == 0, (target > 0) & (target != ignore)]).to(loss.dtype)
     counts = parts.sum((1, 2, 3))
     if average is not None: counts = average(counts)
     return ((parts * loss).sum((1, 2, 3)) / counts.clamp_min(torch.finfo(loss.dtype).tiny)).mean()
 
-# %% ../nbs/60_losses.ipynb #6dc0183f
+# %% ../nbs/60_losses.ipynb #2e5e3140
 def cache_loss(
     votes: Tensor,      # (B, N, C + 1) raw output of the adapter, the background last
     target: Tensor,     # (B, N) int: 0 background, c + 1 = class c, 255 ignored
+    average=None,       # function that averages a tensor over all processes; None for one process
 ) -> Tensor:            # scalar; 0 where everything is ignored
     "L_cache (14): cross-entropy of the adapter's votes. Raises ValueError for shapes that do not fit."
     if votes.ndim != 3 or target.shape != votes.shape[:2]: raise ValueError(f"votes {tuple(votes.shape)} and target {tuple(target.shape)} do not fit: give (B, N, C + 1) and (B, N)")
     column = torch.where(target == 0, votes.shape[2] - 1, target - 1).masked_fill(target == 255, -100)
     total = F.cross_entropy(votes.flatten(0, 1), column.flatten(), reduction="sum")
-    return total / (target != 255).sum().clamp_min(1)
+    count = (target != 255).sum().to(total.dtype)
+    if average is not None: count = average(count)
+    return total / count.clamp_min(1 / target.numel())
 
-# %% ../nbs/60_losses.ipynb #3c6daa0a
+# %% ../nbs/60_losses.ipynb #e68f8294
 def affinity_loss(
     features: Tensor,   # (B, D, h, w) of the head
     target: Tensor,     # (B, h, w) int, 255 ignored
@@ -56,7 +59,7 @@ def affinity_loss(
     mean = lambda x, where: (x * where).sum() / where.sum().clamp_min(1)
     return (mean(1 - A, known & same) + mean(A, known & ~same)) / 2
 
-# %% ../nbs/60_losses.ipynb #fe8e291c
+# %% ../nbs/60_losses.ipynb #55aefd5e
 def learning_rate(
     step: int,              # 0 to steps - 1
     steps: int,             # T, iterations in all

@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'clip_config', 'new_clip', 'caption_loss', 'word_loss', 'word_prompts', 'ClipLoss', 'average_precision',
            'train_clip', 'ship_clip']
 
-# %% ../../nbs/mini/20_clip.ipynb #3b95898b
+# %% ../../nbs/mini/20_clip.ipynb #3f97ccb7
 import gzip, json, os, shutil
 from pathlib import Path
 import numpy as np
@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from ..clip import load_tokenizer, mini_clip
 from .pool import WORDS, named, read_pool
-from .training import fit, read_log
+from .training import fit, read_log, started
 from .vocabulary import corpus, learn_merges, write_open_clip
 from ..world import BACKGROUNDS, CLASSES, render
 
-# %% ../../nbs/mini/20_clip.ipynb #9059f10d
+# %% ../../nbs/mini/20_clip.ipynb #3e4f0276
 MEAN, STD = (.5, .5, .5), (.25, .25, .25)
 
 def clip_config(vocab_size, dropout=0.):
@@ -38,7 +38,7 @@ def new_clip(folder, dropout=.5):
     config = clip_config(512 + len(merges) + 2, dropout)
     return mini_clip(config), load_tokenizer(folder / "bpe.txt.gz", config)
 
-# %% ../../nbs/mini/20_clip.ipynb #3fa83080
+# %% ../../nbs/mini/20_clip.ipynb #42b91ede
 def caption_loss(image, text, tokens, scale):
     "CLIP's symmetric cross-entropy; equal captions share the target."
     logits = scale * image @ text.T
@@ -54,7 +54,7 @@ def word_loss(image, words, answers, scale, bias):
 
 def word_prompts(): return [f"a photo of a {c}" for c in CLASSES] + [f"a photo of {b}" for b in BACKGROUNDS]
 
-# %% ../../nbs/mini/20_clip.ipynb #c6c8bbb4
+# %% ../../nbs/mini/20_clip.ipynb #d3ad4190
 class ClipLoss:
     "Draws a batch and computes the loss; the callable that `fit` wants."
     def __init__(self, model, tokenizer, pool, batch=64, portraits=.25, seed=0, device="cpu"):
@@ -74,7 +74,7 @@ class ClipLoss:
         words = word_loss(image, text[len(t):], y, m.word_scale.exp(), m.word_bias)
         return .3 * captions + 4 * words, dict(captions=captions.item(), words=words.item())
 
-# %% ../../nbs/mini/20_clip.ipynb #a4e09338
+# %% ../../nbs/mini/20_clip.ipynb #ea78d859
 @patch
 def draw(self: ClipLoss):
     "Images (B, 3, 96, 96) in [0, 1], flipped at random, their captions' tokens and answers."
@@ -87,7 +87,7 @@ def draw(self: ClipLoss):
     x = x.permute(0, 3, 1, 2).float() / 255
     return (x.flip(3) if self.rng.random() < .5 else x), t, y
 
-# %% ../../nbs/mini/20_clip.ipynb #498bbb5b
+# %% ../../nbs/mini/20_clip.ipynb #e9c5cd09
 def average_precision(
     model, tokenizer,       # an open_clip model and its tokenizer
     scenes: list,           # rendered scenes
@@ -103,7 +103,7 @@ def average_precision(
     score, truth = (f @ t.T).cpu().numpy(), np.array([[c in s.labels for c in range(len(CLASSES))] for s in scenes])
     return np.array([average_precision_score(truth[:, c], score[:, c]) if truth[:, c].any() else np.nan for c in range(len(CLASSES))])
 
-# %% ../../nbs/mini/20_clip.ipynb #87882632
+# %% ../../nbs/mini/20_clip.ipynb #506b5fa7
 def train_clip(
     folder,                   # checkpoint, log and merges
     pool,                     # the pre-training pool
@@ -114,13 +114,12 @@ def train_clip(
 ):
     "Train or continue the mini CLIP; returns (model with averaged weights, tokenizer)."
     torch.manual_seed(seed)
-    fresh = start and not (Path(folder) / "state.safetensors").exists()
+    fresh = start and not started(folder)
     if fresh: Path(folder).mkdir(parents=True, exist_ok=True); shutil.copy(Path(start) / "bpe.txt.gz", folder)
     model, tokenizer = new_clip(folder, dropout)
     if fresh: model.load_state_dict(load_file(Path(start) / "open_clip_model.safetensors"))
     model.to(device)
-    done = len(read_log(folder)) if (Path(folder) / "log.jsonl").exists() else 0
-    loss = ClipLoss(model, tokenizer, pool, batch, seed=seed + done, device=device)
+    loss = ClipLoss(model, tokenizer, pool, batch, seed=seed + len(read_log(folder)), device=device)
     judge, scenes = new_clip(folder)[0], [render(i, "val") for i in range(200)]
     def evaluate(average):
         judge.load_state_dict({k: v.cpu() for k, v in average.items() if not k.startswith("word_")})
@@ -129,7 +128,7 @@ def train_clip(
     model.load_state_dict(average)
     return model.eval(), tokenizer
 
-# %% ../../nbs/mini/20_clip.ipynb #f4b1faf3
+# %% ../../nbs/mini/20_clip.ipynb #dc50a28d
 def ship_clip(
     model, folder,         # what `train_clip` returned; where to write
 ):

@@ -1,0 +1,41 @@
+"A training small enough for a test, as a program: python helper_train.py FOLDER [--resume] [--pause SECONDS]; torchrun-like variables make it one of several."
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import diclip
+from diclip.batches import TrainingSet
+from diclip.cache import build_cache
+from diclip.clip import load_clip
+from diclip.config import profile
+from diclip.data import MiniWorld
+from diclip.supervision import Frozen, precompute
+from diclip.train import Learner, new_student, train
+
+
+def learner_and_data(batch=4, iterations=24, images=16, dropout=True, sd=None, **settings):
+    "Raw CLIP, no diffusion model: fast, and the cache of its own features is as good as any for a test."
+    p = profile("mini", batch=batch, iterations=iterations, warmup=2, head_width=32, prompts=4, par_rounds=2, images_per_class=3, centroids=2, **settings)
+    clip, world = load_clip(p), MiniWorld("train", images)
+    cache = build_cache(clip, sd, Path(diclip.__file__).parent / "pool/mini", p, progress=False)
+    frozen, student = Frozen(clip, sd, p, cache), new_student(clip, p, cache)
+    if not dropout: student.head.fusion.dropout.p = 0.
+    from accelerate import Accelerator
+    return Learner(student, frozen, p, Accelerator(cpu=True), precompute(frozen, world[:], progress=False)), TrainingSet(world, p)
+
+
+def main(folder, resume=False, pause=0., **how):
+    learner, data = learner_and_data(**how)
+    step = learner.step
+    def slow(batch): time.sleep(pause); return step(batch)
+    learner.step = slow
+    return train(learner, data, folder, resume=resume, save_every=4, log_every=1, progress=False)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    several = "RANK" in os.environ
+    main(sys.argv[1], "--resume" in sys.argv, float(sys.argv[sys.argv.index("--pause") + 1]) if "--pause" in sys.argv else 0., dropout=not several)
