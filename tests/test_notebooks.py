@@ -6,7 +6,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "experiments"} & set(p.parts))
-SMALL = {"components": dict(n_train=24, n_val=24, seeds=1, per_class=12, draws=50), "choices": dict(n_train=10)}
+SMALL = {"components": dict(n_train=24, n_val=24, seeds=1, per_class=12, draws=50), "choices": dict(n_train=10),
+         "training": dict(n_train=24, n_choose=24, n_val=16, seeds=1, iterations=4, draws=50)}
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +41,22 @@ def test_a_committed_record_fits_its_experiment(name, images):
     assert record["parameters"]["n_val"] == 400 and record["parameters"]["seeds"] >= 3 and record["parameters"]["cache_images"] == images
     assert set(record["results"]) >= {"center prior", "baseline CLIP", "+ VCE without ACR", "+ VCE", "+ positive cache", "+ negative cache",
                                       "untrained UNet", "color similarity", "neighbors", "rolled labels", "oracle attention"}
+    assert record["models"] == shipped(), "measured with other weights: run it again"
+
+
+def test_the_committed_training_record_fits_its_experiment():
+    record = json.loads((ROOT / "nbs/results/training.json").read_text())
+    assert record["parameters"]["n_val"] == 400 and record["parameters"]["seeds"] >= 3
+    assert set(record["results"]) >= {"baseline", "+ VCE", "+ positive cache", "+ negative cache", "+ adapter", "random adapter", "rolled cache + adapter", "masks (supervised)"}
+    assert record["models"] == shipped(), "measured with other weights: run it again"
+
+
+def shipped():
+    "Fingerprints of the models that ship."
     from diclip.clip import load_clip
     from diclip.config import profile
     from diclip.sd import load_sd
-    assert record["models"] == dict(clip=load_clip(profile("mini")).fingerprint, sd=load_sd(profile("mini")).fingerprint), "measured with other weights: run it again"
+    return dict(clip=load_clip(profile("mini")).fingerprint, sd=load_sd(profile("mini")).fingerprint)
 
 
 def test_components_run_on_a_folder_in_voc_format(tmp_path):
