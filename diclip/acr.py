@@ -6,12 +6,12 @@
 __all__ = ['METRICS', 'PROPAGATIONS', 'row_normalize', 'oracle_attention', 'rgb_attention', 'neighbor_attention', 'distances',
            'start_centers', 'cluster_attention', 'affinity_label', 'threshold_label', 'confident', 'refine_attention']
 
-# %% ../nbs/21_acr.ipynb #8f909583
+# %% ../nbs/21_acr.ipynb #0925f60b
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/21_acr.ipynb #03957a60
+# %% ../nbs/21_acr.ipynb #47543fcd
 def row_normalize(
     A: Tensor,                       # (..., N, N) non-negative
     fallback: Tensor | None = None,  # (..., N, N) what a row becomes that sums to 0; None: the patch attends to itself
@@ -21,7 +21,7 @@ def row_normalize(
     if fallback is None: fallback = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return torch.where(total > tiny, A / total.clamp_min(tiny), fallback)
 
-# %% ../nbs/21_acr.ipynb #bdac51d1
+# %% ../nbs/21_acr.ipynb #ba31287d
 def oracle_attention(
     masks: Tensor,               # (B, H, W) int: 0 background, c + 1 = class c, 255 ignored
     num_classes: int,            # C, foreground classes
@@ -53,7 +53,7 @@ def neighbor_attention(
     at = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float) for n in grid))
     return (-torch.cdist(at, at).square() / (2 * width**2)).softmax(-1).expand(count, -1, -1)
 
-# %% ../nbs/21_acr.ipynb #13a09e1a
+# %% ../nbs/21_acr.ipynb #9d481878
 METRICS = "euclidean", "kl"
 
 def distances(
@@ -66,7 +66,7 @@ def distances(
     cross = rows @ centers.clamp_min(1e-8).log().mT
     return (torch.xlogy(rows, rows).sum(-1, keepdim=True) - cross).clamp_min(0)
 
-# %% ../nbs/21_acr.ipynb #d9d18a37
+# %% ../nbs/21_acr.ipynb #38ba9a2e
 def start_centers(
     rows: Tensor,     # (B, N, M)
     k: int,           # number of centers
@@ -84,7 +84,7 @@ def start_centers(
         near = d if i == 0 else torch.minimum(near, d)
     return torch.stack(centers, 1)
 
-# %% ../nbs/21_acr.ipynb #bc8eac4c
+# %% ../nbs/21_acr.ipynb #14cec194
 def _checked(A, k, metric):
     "float32 (or float64) attention; raises ValueError for what cannot be clustered."
     if A.ndim != 3 or A.shape[1] != A.shape[2]: raise ValueError(f"attention must be (B, N, N), got {tuple(A.shape)}: average the heads and drop the class token first.")
@@ -95,7 +95,7 @@ def _checked(A, k, metric):
     if (A < 0).any(): raise ValueError("attention holds negative values: pass it after the softmax.")
     return A
 
-# %% ../nbs/21_acr.ipynb #bab8a9e5
+# %% ../nbs/21_acr.ipynb #ae8cf6db
 @torch.no_grad()
 def cluster_attention(
     A: Tensor,               # (B, N, N) attention
@@ -119,7 +119,7 @@ def cluster_attention(
             centers = torch.where(count > 0, onehot.mT @ rows / count.clamp_min(1), spare)
         return distances(rows, centers, metric).argmin(-1)
 
-# %% ../nbs/21_acr.ipynb #5c77f7de
+# %% ../nbs/21_acr.ipynb #d62c0355
 def affinity_label(
     groups: Tensor,  # (B, N) int
 ) -> Tensor:         # (B, N, N) float, 1 where two patches share a group
@@ -127,14 +127,14 @@ def affinity_label(
     if groups.ndim != 2 or groups.is_floating_point(): raise ValueError(f"groups must be integers of shape (B, N), got {groups.dtype} {tuple(groups.shape)}.")
     return (groups[:, :, None] == groups[:, None]).float()
 
-# %% ../nbs/21_acr.ipynb #c2311070
+# %% ../nbs/21_acr.ipynb #9eeb45c5
 def threshold_label(
     A: Tensor,  # (B, N, N) attention, rows sum to 1
 ) -> Tensor:    # (B, N, N) float, 1 where attention is above its mean
     "Table XI's alternative to equations (4) and (5): relations by a fixed cutoff."
     return (A > A.mean((1, 2), keepdim=True)).to(A.dtype)
 
-# %% ../nbs/21_acr.ipynb #fd6dc8c8
+# %% ../nbs/21_acr.ipynb #8b3fe7bb
 def confident(
     A: Tensor,                # (..., N, N) attention, rows sum to 1
     tau: float | None = None, # threshold; None: 0.2 / N, the paper's 5e-4 at N = 400
@@ -142,7 +142,7 @@ def confident(
     "The reliable part of equation (6): A where it is above tau, renormalized; rows without such entries stay."
     return row_normalize(A * (A > (.2 / A.shape[-1] if tau is None else tau)), fallback=A)
 
-# %% ../nbs/21_acr.ipynb #3e2e2964
+# %% ../nbs/21_acr.ipynb #5e384b49
 PROPAGATIONS = {  # name -> function of the affinity label R (B, N, N) and the confident A (B, N, N), rows sum to 1
     "affinity":     lambda R, A: R,
     "mask":         lambda R, A: R * A,
@@ -156,7 +156,7 @@ PROPAGATIONS = {  # name -> function of the affinity label R (B, N, N) and the c
     "walk":         lambda R, A: A @ row_normalize(R * A),
 }
 
-# %% ../nbs/21_acr.ipynb #c6f45837
+# %% ../nbs/21_acr.ipynb #ea55d337
 def refine_attention(
     A: Tensor,                         # (B, N, N) non-negative attention; rows are normalized first
     k: int = 9,                        # groups (Table VI(a): 9)

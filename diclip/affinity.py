@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['sinkhorn', 'confident_boxes', 'affinity_refine']
 
-# %% ../nbs/13_affinity.ipynb #96a826a3
+# %% ../nbs/13_affinity.ipynb #f424a20d
 import torch
 from torch import Tensor
 from .cam import minmax
 
-# %% ../nbs/13_affinity.ipynb #b92517c9
+# %% ../nbs/13_affinity.ipynb #f7b77be7
 def sinkhorn(
     A: Tensor,         # (B, N, N) attention, non-negative
     rounds: int = 3,   # of dividing columns and rows (CLIP-ES: 3)
@@ -24,7 +24,7 @@ def sinkhorn(
         A = A / A.sum(2, keepdim=True)
     return (A + A.mT) / 2
 
-# %% ../nbs/13_affinity.ipynb #5c24ecad
+# %% ../nbs/13_affinity.ipynb #2c10a90d
 def confident_boxes(
     maps: Tensor,            # (B, C, N) in [0, 1], zero for absent classes
     grid: tuple,             # (h, w), h * w = N
@@ -40,7 +40,7 @@ def confident_boxes(
         for rows, columns in ndimage.find_objects(ndimage.label(regions, structure=torch.ones(3, 3).numpy())[0]): box[rows, columns] = 1
     return boxes.view(maps.shape).to(maps)
 
-# %% ../nbs/13_affinity.ipynb #3e190c28
+# %% ../nbs/13_affinity.ipynb #e2c03e08
 def affinity_refine(
     maps: Tensor,            # (B, C, N) in [0, 1], zero for absent classes
     A: Tensor,               # (B, N, N) attention of CLIP, mean over heads and layers

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SILENT', 'Cache', 'atomic_write', 'cache_from_pooled', 'cache_from_features', 'class_images', 'build_cache', 'tsne']
 
-# %% ../nbs/40_cache.ipynb #dee82c1b
+# %% ../nbs/40_cache.ipynb #684c7f1e
 import hashlib, json, os
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from .keys import vce_features, to_batch, patch_masks, masked_average_pool, pool_images, cluster_keys, cache_values
 
-# %% ../nbs/40_cache.ipynb #542a6d4f
+# %% ../nbs/40_cache.ipynb #f8063911
 @dataclass(eq=False, repr=False)
 class Cache:
     "Key-value pairs (section III-D.1): foreground rows class by class, then background rows; raises ValueError on arrays that do not fit"
@@ -38,7 +38,7 @@ class Cache:
         n = int((self.values[:, -1] != 0).sum())
         return f"Cache({len(self)} pairs = {len(self) - n} foreground + {n} background, d={self.keys.shape[1]}, {len(self.classes)} classes)"
 
-# %% ../nbs/40_cache.ipynb #5649a2c5
+# %% ../nbs/40_cache.ipynb #6dcf3d8c
 @patch(as_prop=True)
 def background(self: Cache) -> Tensor:
     "(n,) bool, the background rows"
@@ -60,7 +60,7 @@ def rolled(self: Cache, shift: int = 1) -> Cache:
     values = torch.cat([self.values[:, :-1].roll(shift, 1), self.values[:, -1:]], 1)
     return replace(self, values=values, meta={**self.meta, "rolled": shift})
 
-# %% ../nbs/40_cache.ipynb #326349dd
+# %% ../nbs/40_cache.ipynb #96b2eb51
 def atomic_write(path, data: bytes):
     "Write to a neighbor of `path`, then rename: readers see the old file or the new one, never half of it"
     path = Path(path)
@@ -85,7 +85,7 @@ def save(self: Cache, path):
     head = {"format": "diclip-cache-1", "classes": json.dumps(self.classes), "meta": json.dumps(self.meta), "digest": _digest(*rows.values())}
     atomic_write(path, save(rows, head))
 
-# %% ../nbs/40_cache.ipynb #5c09af0b
+# %% ../nbs/40_cache.ipynb #1107cc7b
 @patch(cls_method=True)
 def load(cls: Cache, path) -> "Cache":
     "Read a file that `save` wrote; raises FileNotFoundError, or ValueError for a file that is damaged or none of ours"
@@ -99,7 +99,7 @@ def load(cls: Cache, path) -> "Cache":
     except Exception as e:
         raise ValueError(f"{path} is no readable cache ({type(e).__name__}: {e}): delete it and build it again with build_cache(...)") from e
 
-# %% ../nbs/40_cache.ipynb #7006deee
+# %% ../nbs/40_cache.ipynb #75125810
 @patch
 def check(
     self: Cache,
@@ -118,7 +118,7 @@ def check(
             raise ValueError(f"this cache was made with {name} {have}, not {want}: rebuild it with build_cache(...) and your {name}, or load the {name} it was made with")
     return self
 
-# %% ../nbs/40_cache.ipynb #9b55b651
+# %% ../nbs/40_cache.ipynb #87b60785
 SILENT = 1e-4   # the weight of a key that would speak against its own class
 
 def _class_keys(pooled, k, clustered, seed):
@@ -127,7 +127,7 @@ def _class_keys(pooled, k, clustered, seed):
     if k == 0 or not len(pooled): return pooled[:0]
     return cluster_keys(pooled, k, seed) if clustered else F.normalize(pooled.float(), dim=-1)
 
-# %% ../nbs/40_cache.ipynb #e0bff312
+# %% ../nbs/40_cache.ipynb #3d54842b
 def cache_from_pooled(
     foreground: Tensor,              # (n, d) pooled objects (8); zero rows are dropped
     background: Tensor,              # (n, d) pooled backgrounds; zero rows are dropped
@@ -153,7 +153,7 @@ def cache_from_pooled(
                silenced=int((V < 0).any(1).sum()), per_class={classes[c]: int((y == c).sum()) for c in present})
     return Cache(torch.cat(pos + neg), torch.where(V < 0, SILENT, V), classes, {**(meta or {}), **how})
 
-# %% ../nbs/40_cache.ipynb #b47c94a3
+# %% ../nbs/40_cache.ipynb #065dbd64
 def cache_from_features(
     features: Tensor,   # (n, N, d) patch features
     masks: Tensor,      # (n, N) foreground masks in [0, 1]
@@ -165,7 +165,7 @@ def cache_from_features(
     "Pool, cluster, weigh: equations (8)-(10) without any model"
     return cache_from_pooled(masked_average_pool(features, masks), masked_average_pool(features, 1 - masks.float()), class_index, text, classes, **how)
 
-# %% ../nbs/40_cache.ipynb #8465f241
+# %% ../nbs/40_cache.ipynb #ca85edc8
 def class_images(images, name: str, limit: int):
     "The first `limit` pictures of one class, from {name: arrays} or from a folder <name>/<i>.png; raises ValueError when there are none"
     if isinstance(images, (str, Path)):
@@ -188,7 +188,7 @@ def _pooled(path, key, compute):
     if path is not None: atomic_write(path, save({"foreground": fg.contiguous(), "background": bg.contiguous()}, {"key": key}))
     return fg, bg
 
-# %% ../nbs/40_cache.ipynb #d82dda14
+# %% ../nbs/40_cache.ipynb #a405f4d8
 _RECIPE = "crop timestep groups layers tau_n alpha rounds propagation fusion readout mask_threshold templates".split()
 
 def _origin(clip, sd, profile, masks, par):
@@ -210,7 +210,7 @@ def _versions():
         except metadata.PackageNotFoundError: return None
     return {n: one(n) for n in ("torch", "open_clip_torch", "diffusers", "scikit-learn")}
 
-# %% ../nbs/40_cache.ipynb #5591b8fa
+# %% ../nbs/40_cache.ipynb #e36cd66b
 def build_cache(
     clip, sd,               # `DenseCLIP`; `StableDiffusion`, a stand-in, or None for raw CLIP
     images,                 # {class: list of (H, W, 3) uint8 arrays}, or a folder of <class>/<i>.png
@@ -236,7 +236,7 @@ def build_cache(
     meta = {"name": profile.name, **origin, **_pool(images), "versions": _versions(), **how.pop("meta", {})}
     return cache_from_pooled(*map(torch.cat, zip(*pooled)), index, text, profile.classes, profile.centroids, profile.background_centroids, meta=meta, **how)
 
-# %% ../nbs/40_cache.ipynb #4b6a0062
+# %% ../nbs/40_cache.ipynb #06ac97cb
 def tsne(
     vectors: Tensor,          # (n, d), at least 3
     perplexity: float = 15.,  # neighbors that count; lowered for few vectors

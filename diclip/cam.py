@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['minmax', 'patch_text_cam', 'resize_maps']
 
-# %% ../nbs/11_cam.ipynb #3c6dc5ab
+# %% ../nbs/11_cam.ipynb #e9a2fb12
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/11_cam.ipynb #27f3ee34
+# %% ../nbs/11_cam.ipynb #d1263f56
 def minmax(maps: Tensor # (..., N) one map a row
           ) -> Tensor:  # (..., N) in [0, 1]
     "Norm of equation (1): every map over its own range; a constant map becomes 0. Raises ValueError for NaN."
@@ -19,7 +19,7 @@ def minmax(maps: Tensor # (..., N) one map a row
     flat = high - low <= 4 * torch.finfo(maps.dtype).eps * maps.abs().amax(-1, keepdim=True)
     return torch.where(flat, 0., (maps - low) / torch.where(flat, 1., high - low))
 
-# %% ../nbs/11_cam.ipynb #5ef78261
+# %% ../nbs/11_cam.ipynb #1130af4d
 def patch_text_cam(features: Tensor,  # (B, N, d) patch features
                    text: Tensor,      # (C, d) text embeddings
                    labels: Tensor | None = None,  # (B, C) bool, which classes each image shows; None keeps all
@@ -39,7 +39,7 @@ def patch_text_cam(features: Tensor,  # (B, N, d) patch features
     M = minmax((f @ T.T).transpose(1, 2))
     return M if labels is None else M * labels.bool()[..., None]
 
-# %% ../nbs/11_cam.ipynb #68b92677
+# %% ../nbs/11_cam.ipynb #b729f51d
 def resize_maps(maps: Tensor, # (B, C, N) maps on the patch grid
                 grid: tuple,  # (h, w) with h*w = N
                 size: tuple,  # (H, W) wanted

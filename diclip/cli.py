@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['experiment_notebook', 'run_notebook', 'write_report', 'diclip_repro']
 
-# %% ../nbs/66_cli.ipynb #48dffd46
+# %% ../nbs/66_cli.ipynb #e089a4f1
 import json, os, time
 from pathlib import Path
 from fastcore.script import Param, call_parse
 
-# %% ../nbs/66_cli.ipynb #8d7f75a7
+# %% ../nbs/66_cli.ipynb #3c70fd22
 def experiment_notebook(name: str) -> Path:
     "The path of an experiment notebook. Raises FileNotFoundError outside a clone."
     path = Path(__file__).parent.parent / "nbs/experiments" / f"{name}.ipynb"
@@ -40,7 +40,7 @@ def write_report(notebook) -> Path:
     path.write_text(html, encoding="utf-8")
     return path
 
-# %% ../nbs/66_cli.ipynb #11a7db46
+# %% ../nbs/66_cli.ipynb #32fc12bd
 @call_parse
 def diclip_repro(
     profile: str = "mini",     # "mini", "voc" or "coco"

@@ -7,7 +7,7 @@ __all__ = ['READOUTS', 'resize_positions', 'embed_image', 'self_attention', 'mix
            'check_images', 'check_switches', 'edited', 'load_clip', 'ConvStem', 'WeightsError', 'load_tokenizer',
            'mini_clip']
 
-# %% ../nbs/10_clip.ipynb #00242a7e
+# %% ../nbs/10_clip.ipynb #fafc0497
 import hashlib
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .clip_weights import OPENAI_MEAN, OPENAI_STD, ConvStem, WeightsError, find_folder, folder_clip, hub_clip, load_tokenizer, mini_clip
 _all_ = ["ConvStem", "WeightsError", "load_tokenizer", "mini_clip"]
 
-# %% ../nbs/10_clip.ipynb #fa90e674
+# %% ../nbs/10_clip.ipynb #cc3e7e01
 def resize_positions(positions: Tensor, # (1 + h*w, width) learned positions, the class token's first
                      old: tuple,        # (h, w) grid they were learned on
                      new: tuple,        # (h', w') grid wanted
@@ -30,7 +30,7 @@ def resize_positions(positions: Tensor, # (1 + h*w, width) learned positions, th
     P = F.interpolate(P, size=tuple(new), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([positions[:1], P.flatten(2)[0].T.to(positions.dtype)])
 
-# %% ../nbs/10_clip.ipynb #58e5da28
+# %% ../nbs/10_clip.ipynb #8863d752
 def embed_image(visual,   # open_clip's VisionTransformer
                 x: Tensor # (B, 3, H, W) normalized images, sides are multiples of the patch
                ) -> tuple: # tokens (B, N+1, width), grid (h, w)
@@ -42,7 +42,7 @@ def embed_image(visual,   # open_clip's VisionTransformer
     positions = resize_positions(visual.positional_embedding, visual.grid_size, grid)
     return visual.ln_pre(torch.cat([cls, x], 1) + positions.to(x.dtype)), grid
 
-# %% ../nbs/10_clip.ipynb #817703ae
+# %% ../nbs/10_clip.ipynb #1b8fb491
 def self_attention(block,    # one open_clip ResidualAttentionBlock
                    x: Tensor # (B, N+1, width) tokens
                   ) -> tuple: # A (B, heads, N+1, N+1) float32, rows sum to 1; values (B, heads, N+1, d)
@@ -53,7 +53,7 @@ def self_attention(block,    # one open_clip ResidualAttentionBlock
     A = (q * q.shape[-1]**-.5) @ k.transpose(-1, -2)
     return A.float().softmax(-1), v
 
-# %% ../nbs/10_clip.ipynb #0ca16ae9
+# %% ../nbs/10_clip.ipynb #c6ef60f8
 def mix_values(block,     # one open_clip ResidualAttentionBlock
                A: Tensor, # (B, heads, N+1, N+1) attention, CLIP's own or an edited one
                v: Tensor, # (B, heads, N+1, d) values
@@ -62,7 +62,7 @@ def mix_values(block,     # one open_clip ResidualAttentionBlock
     x = (A.to(v.dtype) @ v).transpose(1, 2).flatten(2)
     return block.ls_1(block.attn.out_proj(x))
 
-# %% ../nbs/10_clip.ipynb #155e7e5c
+# %% ../nbs/10_clip.ipynb #3dafa54e
 def check_vit(visual): # the vision tower of an open_clip model
     "Raises ValueError unless `visual` is a plain open_clip ViT that pools its class token."
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
@@ -70,7 +70,7 @@ def check_vit(visual): # the vision tower of an open_clip model
     if not (plain and all(type(b) is ResidualAttentionBlock for b in visual.transformer.resblocks)):
         raise ValueError(f"{type(visual).__name__} is not a plain ViT with a class token: use a model such as ViT-B-16 or ViT-L-14.")
 
-# %% ../nbs/10_clip.ipynb #82d3f09a
+# %% ../nbs/10_clip.ipynb #efe26f88
 class DenseCLIP(nn.Module):
     "An open_clip ViT CLIP with patch features, visible attention and any grid. Frozen, always in evaluation mode."
     def __init__(self,
@@ -89,7 +89,7 @@ class DenseCLIP(nn.Module):
     visual, blocks = property(lambda self: self.model.visual), property(lambda self: self.model.visual.transformer.resblocks)
     def train(self, mode=True): return super().train(False)
 
-# %% ../nbs/10_clip.ipynb #9099ba40
+# %% ../nbs/10_clip.ipynb #df1dbe76
 READOUTS = {  # tokens after the last block, tokens before the first edited block, edited attention outputs -> what is projected
     "inplace":     lambda h, start, outputs: h,
     "progressive": lambda h, start, outputs: outputs[-1],
@@ -98,7 +98,7 @@ READOUTS = {  # tokens after the last block, tokens before the first edited bloc
     "last":        lambda h, start, outputs: outputs[-1],
 }
 
-# %% ../nbs/10_clip.ipynb #459596cf
+# %% ../nbs/10_clip.ipynb #bfcd5636
 @dataclass
 class DenseOutput:
     "What `DenseCLIP.dense` returns."
@@ -108,7 +108,7 @@ class DenseOutput:
     attention: list = field(default_factory=list)  # per layer (B, heads, N+1, N+1): CLIP's own, before an edit
     tokens: list = field(default_factory=list)     # per layer (B, N+1, width): after the block, on the path that runs on
 
-# %% ../nbs/10_clip.ipynb #a1409c79
+# %% ../nbs/10_clip.ipynb #23a13164
 def check_images(images, patch): # what the user gave; the patch size
     "Raises ValueError unless images are (B, 3, H, W) float in [0, 1] with sides that are multiples of `patch`."
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
@@ -123,7 +123,7 @@ def check_images(images, patch): # what the user gave; the patch size
         h, w = [max(1, round(s / patch)) * patch for s in (H, W)]
         raise ValueError(f"{H}x{W} is not a multiple of the patch size {patch}: resize, e.g. to {h}x{w}, with F.interpolate(images, ({h}, {w}), mode='bilinear').")
 
-# %% ../nbs/10_clip.ipynb #aeeec58d
+# %% ../nbs/10_clip.ipynb #5498d404
 def check_switches(clip, edit, layers, readout, keep): # as in `DenseCLIP.dense`
     "Raises ValueError for a combination of switches that would silently do nothing."
     if readout not in READOUTS: raise ValueError(f"unknown readout {readout!r}: choose one of {', '.join(READOUTS)}.")
@@ -132,7 +132,7 @@ def check_switches(clip, edit, layers, readout, keep): # as in `DenseCLIP.dense`
     if readout in ("dual", "surgery") and layers == 0: raise ValueError(f"readout {readout!r} sums over the last layers: pass layers >= 1.")
     if set(keep) - {"attention", "tokens"} or isinstance(keep, str): raise ValueError(f"keep={keep!r}: give a tuple of 'attention' and 'tokens'.")
 
-# %% ../nbs/10_clip.ipynb #67f3ae2f
+# %% ../nbs/10_clip.ipynb #839c542c
 def edited(edit, A): # the user's function; (B, heads, N+1, N+1) attention
     "`edit(A)` on a copy. Raises ValueError if the result has another shape or is not finite."
     E = edit(A.clone())
@@ -140,14 +140,14 @@ def edited(edit, A): # the user's function; (B, heads, N+1, N+1) attention
     if not E.isfinite().all(): raise ValueError("edit returned NaN or infinite attention: check for rows that are divided by zero.")
     return E
 
-# %% ../nbs/10_clip.ipynb #49fc86cf
+# %% ../nbs/10_clip.ipynb #1837b832
 @patch
 def project(self: DenseCLIP, z: Tensor) -> Tensor: # (..., width) -> (..., d)
     "Final layer norm and projection into the joint space, L2-normalized, float32."
     z = self.visual.ln_post(z)
     return F.normalize((z if self.visual.proj is None else z @ self.visual.proj).float(), dim=-1)
 
-# %% ../nbs/10_clip.ipynb #da47e532
+# %% ../nbs/10_clip.ipynb #8635ec9f
 @patch
 def normalize(self: DenseCLIP, images: Tensor) -> Tensor:
     "Images in [0, 1] as the model was trained to see them, on its device and in its type."
@@ -155,7 +155,7 @@ def normalize(self: DenseCLIP, images: Tensor) -> Tensor:
     mean, std = [torch.tensor(s, device=weight.device)[:, None, None] for s in (self.mean, self.std)]
     return ((images.to(weight.device).float() - mean) / std).to(weight.dtype)
 
-# %% ../nbs/10_clip.ipynb #e27272fb
+# %% ../nbs/10_clip.ipynb #15e25b4c
 @patch
 @torch.no_grad()
 def dense(self: DenseCLIP,
@@ -182,7 +182,7 @@ def dense(self: DenseCLIP,
     z = READOUTS[readout](h, start, outputs)
     return DenseOutput(self.project(z[:, 1:]), self.project(h[:, 0]), grid, maps, tokens)
 
-# %% ../nbs/10_clip.ipynb #867bdc32
+# %% ../nbs/10_clip.ipynb #98800abc
 @patch
 @torch.no_grad()
 def text(self: DenseCLIP,
@@ -199,7 +199,7 @@ def text(self: DenseCLIP,
     E = [self.model.encode_text(self.tokenizer([t.replace("{}", n) for n in names]).to(device), normalize=True).float() for t in templates]
     return F.normalize(torch.stack(E).mean(0), dim=-1)
 
-# %% ../nbs/10_clip.ipynb #731a2ff9
+# %% ../nbs/10_clip.ipynb #4b423254
 @patch(as_prop=True)
 def fingerprint(self: DenseCLIP) -> str:
     "Model name and the first 12 digits of the sha256 of its weights, computed once."
@@ -210,7 +210,7 @@ def fingerprint(self: DenseCLIP) -> str:
         self._hash = sha.hexdigest()[:12]
     return f"{self.name}-{self._hash}"
 
-# %% ../nbs/10_clip.ipynb #abd9b15a
+# %% ../nbs/10_clip.ipynb #39ad8630
 def load_clip(profile,             # `diclip.config.Profile`; reads clip, clip_weights and templates
               device="cpu",        # where the model goes
               dtype=torch.float32, # type of the weights; features are float32 in any case

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['image_files', 'complaints', 'diclip_cam', 'diclip_cache', 'diclip_train', 'diclip_segment', 'diclip_eval']
 
-# %% ../nbs/67_commands.ipynb #1aedaa7c
+# %% ../nbs/67_commands.ipynb #40e5d5e1
 import os
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.script import Param, call_parse
 
-# %% ../nbs/67_commands.ipynb #97988911
+# %% ../nbs/67_commands.ipynb #ea63be64
 def image_files(paths) -> list:
     "Image files among files and folders. Raises ValueError for a path that is not there or a folder without images."
     from diclip.output import list_images
@@ -27,7 +27,7 @@ def complaints():
     try: yield
     except (ValueError, FileNotFoundError) as e: raise SystemExit(f"error: {e}") from None
 
-# %% ../nbs/67_commands.ipynb #6c745b1a
+# %% ../nbs/67_commands.ipynb #58392e7b
 def _cam(files, classes, model, out, gamma):
     "Maps, label images and overlays of files."
     import torch
@@ -45,7 +45,7 @@ def _cam(files, classes, model, out, gamma):
         ids = table[pseudo_labels(maps[None], gamma=gamma)[0]]
         save_label(ids, out / f"{f.stem}.png"); overlay_png(image, ids, out / f"{f.stem}_overlay.png")
 
-# %% ../nbs/67_commands.ipynb #c68b6492
+# %% ../nbs/67_commands.ipynb #53209c50
 @call_parse
 def diclip_cam(
     images: Param("image files or folders", str, nargs="+"),
@@ -65,7 +65,7 @@ def diclip_cam(
         _cam(files, names, m, Path(out), gamma or m.profile.gamma)
     print(f"{len(files)} images, labels given ({', '.join(names)}): {out}")
 
-# %% ../nbs/67_commands.ipynb #f9d56cd2
+# %% ../nbs/67_commands.ipynb #8076a52d
 @call_parse
 def diclip_cache(
     out: str = "runs/cache",    # folder for cache.safetensors and, on the way, images and pooled features
@@ -81,7 +81,7 @@ def diclip_cache(
         cache.save(Path(out) / "cache.safetensors")
     print(f"{len(cache)} pairs of {len(m.profile.classes)} classes: {out}/cache.safetensors")
 
-# %% ../nbs/67_commands.ipynb #2fe3311d
+# %% ../nbs/67_commands.ipynb #f4726d37
 @call_parse
 def diclip_train(
     profile: str = "mini",      # "mini", "voc" or "coco"
@@ -120,7 +120,7 @@ def _accelerator(device, precision):
     from accelerate import Accelerator
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
-# %% ../nbs/67_commands.ipynb #f5241cb6
+# %% ../nbs/67_commands.ipynb #8d15029c
 @call_parse
 def diclip_segment(
     images: Param("image files or folders", str, nargs="+"),
@@ -146,7 +146,7 @@ def diclip_segment(
         if archive: submission(found, archive, classes=len(m.profile.classes))
     print(f"{run.report()}, labels not given, {'one scale' if one_scale else 'scales ' + '/'.join(map(str, m.profile.scales)) + ', flip'}, {'CRF' if crf else 'no CRF'}: {out}")
 
-# %% ../nbs/67_commands.ipynb #ccfc5fb5
+# %% ../nbs/67_commands.ipynb #a86f9c10
 @call_parse
 def diclip_eval(
     model: str = "runs/train/model",   # folder that diclip_train wrote

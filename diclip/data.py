@@ -6,7 +6,7 @@
 __all__ = ['VOC_FOLDERS', 'VOC_HELP', 'Sample', 'to_rgb', 'read_image', 'batch_images', 'multi_hot', 'MiniWorld', 'palette',
            'export_voc', 'VOC', 'open_dataset']
 
-# %% ../nbs/02_data.ipynb #4b6bc6fc
+# %% ../nbs/02_data.ipynb #c9539a8d
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from PIL import Image
 from .config import VOC_CLASSES
 from .world import CLASSES, SPLIT_SIZE, SPLITS, render
 
-# %% ../nbs/02_data.ipynb #b2129b85
+# %% ../nbs/02_data.ipynb #79e37d0c
 @dataclass(frozen=True)
 class Sample:
     "One image with its labels."
@@ -26,7 +26,7 @@ class Sample:
     labels: tuple               # sorted class indices, 0 to C - 1
     mask: np.ndarray | None     # (H, W) uint8: 0 background, c + 1 class c, 255 ignore; None where there is no annotation
 
-# %% ../nbs/02_data.ipynb #cbac1049
+# %% ../nbs/02_data.ipynb #9244bd24
 def to_rgb(image) -> np.ndarray:
     "A PIL image or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array as (H, W, 3) uint8. Raises ValueError for other shapes and for NaN."
     if isinstance(image, Image.Image):
@@ -45,7 +45,7 @@ def to_rgb(image) -> np.ndarray:
     if x.ndim == 2: x = np.repeat(x[..., None], 3, 2)
     return x if x.shape[2] == 3 else to_rgb(Image.fromarray(x, "RGBA"))
 
-# %% ../nbs/02_data.ipynb #128344f6
+# %% ../nbs/02_data.ipynb #07d1c1d0
 def read_image(path) -> np.ndarray:   # (H, W, 3) uint8
     "An image file as RGB. Raises ValueError that names a missing, truncated or foreign file."
     if not Path(path).is_file(): raise ValueError(f"no image file {path}: check the path")
@@ -56,7 +56,7 @@ def read_image(path) -> np.ndarray:   # (H, W, 3) uint8
     except (OSError, SyntaxError) as e:
         raise ValueError(f"cannot read {Path(path).name} as an image ({e}): the file is damaged or incomplete, replace it or leave it out") from None
 
-# %% ../nbs/02_data.ipynb #f7add3fd
+# %% ../nbs/02_data.ipynb #8c182ab3
 def batch_images(
     samples,          # samples or (H, W, 3) uint8 arrays
     size: int,        # target height and width, pixels
@@ -74,7 +74,7 @@ def multi_hot(samples, num_classes: int):   # (B, num_classes) bool tensor
     for i, s in enumerate(samples): out[i, list(s.labels)] = True
     return out
 
-# %% ../nbs/02_data.ipynb #cfbe5dd5
+# %% ../nbs/02_data.ipynb #ebe8b446
 class MiniWorld(Sequence):
     "The rendered world as a data set; splits train (3,000), val (400) and test (400)."
     classes = CLASSES
@@ -91,7 +91,7 @@ class MiniWorld(Sequence):
         s = render(i, self.split)
         return Sample(f"{self.split}_{i:04d}", s.image, s.labels, s.mask)
 
-# %% ../nbs/02_data.ipynb #ad7641c3
+# %% ../nbs/02_data.ipynb #fe9ff3f7
 VOC_FOLDERS = ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation")
 
 def _annotation(sample, classes):
@@ -106,14 +106,14 @@ def _annotation(sample, classes):
         for tag, v in zip(("xmin", "ymin", "xmax", "ymax"), (x.min()+1, y.min()+1, x.max()+1, y.max()+1)): ET.SubElement(bounds, tag).text = str(v)
     return ET.tostring(root, encoding="unicode")
 
-# %% ../nbs/02_data.ipynb #0d38529d
+# %% ../nbs/02_data.ipynb #ff704494
 def palette(n=256) -> np.ndarray:
     "VOC's palette, (n, 3) uint8: the bits of the class index are spread over red, green and blue."
     index = np.arange(n)[:, None] >> np.arange(0, 24, 3)[None]                   # three bits at a time
     bits = (index[:, :, None] >> np.arange(3)) & 1                               # (n, 8, 3)
     return (bits * (128 >> np.arange(8))[None, :, None]).sum(1).astype(np.uint8)
 
-# %% ../nbs/02_data.ipynb #46d4864d
+# %% ../nbs/02_data.ipynb #12291956
 def export_voc(
     samples,             # samples with masks
     root,                # folder to write
@@ -131,7 +131,7 @@ def export_voc(
     (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(s.id for s in samples) + "\n")
     return root
 
-# %% ../nbs/02_data.ipynb #08702580
+# %% ../nbs/02_data.ipynb #e1dfdc17
 VOC_HELP = ("expected the folder VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation; "
             "`diclip_data voc --root data` fetches it (2 GB), or unpack VOCtrainval_11-May-2012.tar there")
 
@@ -157,7 +157,7 @@ class VOC(Sequence):
     def __getitem__(self, i):
         return [self.read(n) for n in self.ids[i]] if isinstance(i, slice) else self.read(self.ids[i])
 
-# %% ../nbs/02_data.ipynb #5ef3f627
+# %% ../nbs/02_data.ipynb #09626a72
 @patch
 def read(self: VOC, name: str) -> Sample:
     "The sample of an image id. Raises ValueError for whatever does not fit."
@@ -179,7 +179,7 @@ def mask(self: VOC, name: str) -> np.ndarray:
         raise ValueError(f"the mask of {name} has class {bad[0]}, but there are {len(self.classes)} classes: pass the data set's own classes")
     return mask
 
-# %% ../nbs/02_data.ipynb #48ccd317
+# %% ../nbs/02_data.ipynb #d8e0b240
 def open_dataset(
     profile,                     # a `diclip.config.Profile`
     split: str,                  # "train", "val" or "test"

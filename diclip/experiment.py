@@ -6,7 +6,7 @@
 __all__ = ['THRESHOLDS', 'by_size', 'choose_threshold', 'score', 'center_prior', 'summarize', 'format_table', 'environment',
            'save_record']
 
-# %% ../nbs/65_experiment.ipynb #c685341d
+# %% ../nbs/65_experiment.ipynb #b3514280
 import json, os, platform, subprocess
 from datetime import date
 from importlib import metadata
@@ -17,7 +17,7 @@ from torch import Tensor
 from .cam import resize_maps
 from .metrics import ConfusionMatrix, cam_confusion, mean_score, threshold_matrices
 
-# %% ../nbs/65_experiment.ipynb #c1085e00
+# %% ../nbs/65_experiment.ipynb #559b7625
 THRESHOLDS = tuple(round(.05 * i, 2) for i in range(1, 20))
 
 def by_size(
@@ -47,7 +47,7 @@ def score(maps, grid, labels, masks, threshold: float) -> ConfusionMatrix:
     "The confusion matrix of CAMs at a fixed threshold, image-level labels given."
     return sum(cam_confusion(m, l, t, threshold) for m, l, t in by_size(maps, grid, labels, masks))
 
-# %% ../nbs/65_experiment.ipynb #84646fc9
+# %% ../nbs/65_experiment.ipynb #e0d6cda1
 def center_prior(
     count: int, classes: int,   # B images, C classes
     grid,                       # (h, w)
@@ -59,7 +59,7 @@ def center_prior(
     blob = (blob - blob.min()) / (blob.max() - blob.min())
     return blob.expand(count, classes, -1)
 
-# %% ../nbs/65_experiment.ipynb #b37d6691
+# %% ../nbs/65_experiment.ipynb #2ff853ae
 def summarize(
     matrices: list,        # one `ConfusionMatrix` a seed
     draws: int = 1000,     # bootstrap resamples
@@ -71,7 +71,7 @@ def summarize(
     return dict(miou=mean(lambda m: m.miou()), low=low, high=high, precision=mean(lambda m: m.precision(True)), recall=mean(lambda m: m.recall(True)),
                 seeds=[round(100 * m.miou(), 2) for m in matrices])
 
-# %% ../nbs/65_experiment.ipynb #d2d40f37
+# %% ../nbs/65_experiment.ipynb #f1e3ecf5
 def format_table(
     rows: dict,            # {name: what `summarize` returned, plus "threshold"}
     head: str = "",        # first line
@@ -84,7 +84,7 @@ def format_table(
         lines.append(f"{name:{wide}s}{r['miou']:6.1f}  [{r['low']:5.1f}, {r['high']:5.1f}] {r['precision']:7.1f}{r['recall']:8.1f}  {' '.join(f'{s:.1f}' for s in r['seeds'])}")
     return "\n".join(lines)
 
-# %% ../nbs/65_experiment.ipynb #f05055d9
+# %% ../nbs/65_experiment.ipynb #e7b36f8d
 def environment(device="cpu") -> dict:
     "Commit, library versions and hardware of this run."
     try: commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10).stdout.strip()

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HEADS', 'LayerFusion', 'TransformerHead', 'ConvHead', 'raw_tokens']
 
-# %% ../nbs/61_head.ipynb #8b40d844
+# %% ../nbs/61_head.ipynb #60f27b63
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/61_head.ipynb #a56a1a85
+# %% ../nbs/61_head.ipynb #ed5a8f85
 class LayerFusion(nn.Module):
     "(B, L, N, dim) tokens of L layers -> (B, width, h, w). Raises ValueError for another number of layers or channels."
     def __init__(self,
@@ -29,7 +29,7 @@ class LayerFusion(nn.Module):
         x = torch.cat([mlp(t) for mlp, t in zip(self.mlps, tokens.unbind(1))], -1)
         return self.dropout(self.fuse(x.mT.unflatten(2, tuple(grid))))
 
-# %% ../nbs/61_head.ipynb #6706eef5
+# %% ../nbs/61_head.ipynb #271645c4
 class TransformerHead(nn.Module):
     "Table IX's transformer decoder: tokens (B, L, N, dim) -> logits (B, 1 + C, h, w)."
     def __init__(self,
@@ -50,7 +50,7 @@ class TransformerHead(nn.Module):
 
     def forward(self, tokens, grid): return self.classify(self.embed(tokens, grid))
 
-# %% ../nbs/61_head.ipynb #fe5613bc
+# %% ../nbs/61_head.ipynb #a5e4f0ad
 class ConvHead(nn.Module):
     "Table IX's convolutional decoder: tokens (B, L, N, dim) -> logits (B, 1 + C, h, w)."
     def __init__(self,
@@ -74,7 +74,7 @@ class ConvHead(nn.Module):
 
 HEADS = {"transformer": TransformerHead, "conv": ConvHead}
 
-# %% ../nbs/61_head.ipynb #037c076b
+# %% ../nbs/61_head.ipynb #e9560683
 @torch.no_grad()
 def raw_tokens(
     clip,            # a `diclip.clip.DenseCLIP`

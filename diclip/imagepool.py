@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['image_seed', 'generate_pool', 'read_pool', 'profile_pool']
 
-# %% ../nbs/05_imagepool.ipynb #34a3f59e
+# %% ../nbs/05_imagepool.ipynb #63854186
 import hashlib
 import json
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# %% ../nbs/05_imagepool.ipynb #5fe00af5
+# %% ../nbs/05_imagepool.ipynb #22626dd1
 def image_seed(
     seed: int,   # of the pool
     name: str,   # of the class
@@ -23,7 +23,7 @@ def image_seed(
     "A seed of its own for every image, whatever the other classes and their order."
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()[:6], "big")
 
-# %% ../nbs/05_imagepool.ipynb #2f1b48a8
+# %% ../nbs/05_imagepool.ipynb #ef88509f
 def _write(path, save):
     "Let `save` write under a temporary name, then rename."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def _write(path, save):
     save(temporary)
     os.replace(temporary, path)
 
-# %% ../nbs/05_imagepool.ipynb #dfe7b015
+# %% ../nbs/05_imagepool.ipynb #167803c4
 def _complete(path, size):
     "Is there a whole PNG of (height, width)?"
     try:
@@ -40,7 +40,7 @@ def _complete(path, size):
             return image.size == tuple(size[::-1])
     except (OSError, SyntaxError): return False
 
-# %% ../nbs/05_imagepool.ipynb #5ea85a8c
+# %% ../nbs/05_imagepool.ipynb #5ee7da29
 def _words(classes, prompt):
     "{class: word in the prompt}, checked."
     words = dict(classes) if isinstance(classes, dict) else {c: c for c in classes}
@@ -50,7 +50,7 @@ def _words(classes, prompt):
         raise ValueError(f"{bad[0]!r} cannot name a folder: give {{plain name: word in the prompt}} instead.")
     return words
 
-# %% ../nbs/05_imagepool.ipynb #74477c56
+# %% ../nbs/05_imagepool.ipynb #e461c4fb
 def _open_pool(folder, settings):
     "Note the settings in pool.json, or compare them with those already there."
     path = folder / "pool.json"
@@ -64,7 +64,7 @@ def _open_pool(folder, settings):
         raise ValueError(f"The folder {folder.name} holds images but no pool.json, so nobody knows how they were made: use a new folder.")
     _write(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
 
-# %% ../nbs/05_imagepool.ipynb #5040776b
+# %% ../nbs/05_imagepool.ipynb #121e374d
 def generate_pool(
     sd,             # draws: `StableDiffusion`, or anything with its `generate`, `picture_size` and `fingerprint`
     classes,        # names, one folder each; or {name: word in the prompt}
@@ -90,7 +90,7 @@ def generate_pool(
             bar.update(len(part))
     return {c: [paths[c, i] for i in range(per_class)] for c in words}
 
-# %% ../nbs/05_imagepool.ipynb #ed9a3f6c
+# %% ../nbs/05_imagepool.ipynb #ffa77bcf
 def read_pool(
     folder,        # that `generate_pool` wrote
     classes=None,  # which ones; None for all, in alphabetical order
@@ -103,7 +103,7 @@ def read_pool(
     if bare := [c for c, p in paths.items() if not p]: raise ValueError(f"The pool in {folder.name} has no images of {', '.join(bare)}: draw them with `generate_pool`.")
     return {c: np.stack([np.asarray(Image.open(f).convert("RGB")) for f in p]) for c, p in paths.items()}
 
-# %% ../nbs/05_imagepool.ipynb #859593e7
+# %% ../nbs/05_imagepool.ipynb #e583364f
 def profile_pool(
     sd, profile,        # the model that draws, and the `Profile` that says what
     folder,             # drawn into, where no pool ships or the shipped one is another model's

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['head_logits', 'views', 'segment_scores', 'multi_scale_cams']
 
-# %% ../nbs/63_infer.ipynb #7a05fefc
+# %% ../nbs/63_infer.ipynb #ca638dd9
 import math
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .cam import minmax
 from .clip import check_images
 from .head import raw_tokens
 
-# %% ../nbs/63_infer.ipynb #b6810941
+# %% ../nbs/63_infer.ipynb #04544e4e
 def _patch_logits(clip, head, images):
     "(B, 1 + C, h, w) float32, one logit a patch and class; leaves the head in the mode that it was in."
     tokens, training = raw_tokens(clip, images), head.training
@@ -32,7 +32,7 @@ def head_logits(
     "Logits of a head at the size of the image, background first, without dropout. Raises ValueError for images that do not fit."
     return _resize(_patch_logits(clip, head, images), images.shape[-2:])
 
-# %% ../nbs/63_infer.ipynb #eeb87d50
+# %% ../nbs/63_infer.ipynb #88a0acb8
 def views(
     images: Tensor,          # (B, 3, H, W) in [0, 1]
     patch: int,              # of CLIP, pixels
@@ -50,7 +50,7 @@ def views(
         found += [(x, False), (x.flip(-1), True)] if flip else [(x, False)]
     return found
 
-# %% ../nbs/63_infer.ipynb #9f8107c4
+# %% ../nbs/63_infer.ipynb #aad01bb1
 @torch.no_grad()
 def segment_scores(
     clip, head,              # as for `head_logits`
@@ -70,7 +70,7 @@ def segment_scores(
         total = total + (z.flip(-1) if mirrored else z)
     return total / len(seen) if mean == "probabilities" else (total / len(seen)).softmax(1)
 
-# %% ../nbs/63_infer.ipynb #f2611ace
+# %% ../nbs/63_infer.ipynb #30204b6f
 @torch.no_grad()
 def multi_scale_cams(
     cam_fn,                  # (B, 3, h, w) images -> (B, C, h', w') maps, zero for absent classes

@@ -6,7 +6,7 @@
 __all__ = ['refine', 'vce_features', 'to_batch', 'foreground_masks', 'patch_masks', 'object_masks', 'masked_average_pool',
            'pool_images', 'cluster_keys', 'cache_values']
 
-# %% ../nbs/39_keys.ipynb #944a99be
+# %% ../nbs/39_keys.ipynb #61a24136
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .cam import minmax, patch_text_cam, resize_maps
 from .acr import refine_attention
 from .vce import enhanced_features
 
-# %% ../nbs/39_keys.ipynb #e956b1b7
+# %% ../nbs/39_keys.ipynb #cb8fb3f9
 def refine(
     A: Tensor,      # (B, N, N) diffusion attention
     profile,        # `Profile`
@@ -45,7 +45,7 @@ def to_batch(
         return x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
     return torch.cat([one(i) for i in images])
 
-# %% ../nbs/39_keys.ipynb #1b8f19e6
+# %% ../nbs/39_keys.ipynb #d0cf4e05
 def foreground_masks(
     maps: Tensor,            # (B, N) CAMs in [0, 1]
     threshold: float = .5,   # t, in [0, 1)
@@ -63,7 +63,7 @@ def patch_masks(
     pixels = [(torch.as_tensor(np.asarray(m)) != 0).float()[None, None] for m in masks]
     return (torch.cat([F.adaptive_avg_pool2d(p, grid).flatten(1) for p in pixels]) >= .5).float()
 
-# %% ../nbs/39_keys.ipynb #7403f802
+# %% ../nbs/39_keys.ipynb #51bf5228
 def object_masks(
     features: Tensor,     # (B, N, d)
     text: Tensor,         # (d,) of the pictures' class
@@ -79,7 +79,7 @@ def object_masks(
         maps = minmax(F.adaptive_avg_pool2d(pixels, grid).flatten(2))
     return foreground_masks(maps[:, 0], threshold)
 
-# %% ../nbs/39_keys.ipynb #35c70786
+# %% ../nbs/39_keys.ipynb #18a84940
 def masked_average_pool(
     features: Tensor,  # (B, N, d) patch features
     mask: Tensor,      # (B, N) in [0, 1], 1 = pool this patch
@@ -92,7 +92,7 @@ def masked_average_pool(
     total = m.sum(1, keepdim=True)
     return torch.einsum("bn,bnd->bd", m, features) / torch.where(total > 0, total, 1)
 
-# %% ../nbs/39_keys.ipynb #436baad8
+# %% ../nbs/39_keys.ipynb #18cf9614
 def pool_images(
     clip, sd,         # `DenseCLIP`, `StableDiffusion` or None
     images,           # list of (H, W, 3) uint8 arrays of one class
@@ -113,7 +113,7 @@ def pool_images(
         bg.append(masked_average_pool(Fx, 1 - m).cpu())
     return torch.cat(fg), torch.cat(bg)
 
-# %% ../nbs/39_keys.ipynb #d1fd87f0
+# %% ../nbs/39_keys.ipynb #a814cfd7
 def cluster_keys(
     features: Tensor,   # (n, d) pooled features of one class
     centroids: int,     # k, at most n
@@ -128,7 +128,7 @@ def cluster_keys(
     found = KMeans(centroids, n_init=10, random_state=seed).fit(features.detach().cpu().float().numpy()).cluster_centers_
     return F.normalize(torch.from_numpy(found).float(), dim=-1)
 
-# %% ../nbs/39_keys.ipynb #002bb5b1
+# %% ../nbs/39_keys.ipynb #00510839
 def cache_values(
     keys: Tensor,                     # (n, d) foreground keys, L2-normalised
     text: Tensor,                     # (C, d) text embeddings; None for one-hot values, with num_classes

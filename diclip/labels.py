@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['background_score', 'pseudo_labels', 'PAR', 'refine_labels']
 
-# %% ../nbs/12_labels.ipynb #ad18ab77
+# %% ../nbs/12_labels.ipynb #5cea1bcc
 import math, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
 
-# %% ../nbs/12_labels.ipynb #5216f5f6
+# %% ../nbs/12_labels.ipynb #574d9a20
 def _check_maps(maps):
     if maps.ndim < 2 or not maps.is_floating_point(): raise ValueError(f"maps are {maps.dtype} of shape {tuple(maps.shape)}: give floats (B, C, ...)")
     if maps.isnan().any(): raise ValueError("maps hold NaN: normalize constant maps to 0 first")
@@ -27,7 +27,7 @@ def background_score(
     if gamma <= 0: raise ValueError(f"gamma is {gamma}: give a number above 0")
     return (1 - maps.amax(1, keepdim=True)).clamp(0, 1) ** gamma
 
-# %% ../nbs/12_labels.ipynb #aaabff4d
+# %% ../nbs/12_labels.ipynb #d21170eb
 def _check_mode(low, high, threshold):
     if (low is None) != (high is None): raise ValueError("low and high come as a pair: give both, or neither")
     if low is not None and threshold is not None: raise ValueError("give the pair low and high or one threshold, not all three")
@@ -48,7 +48,7 @@ def pseudo_labels(
     value, index = maps.max(1)
     return torch.where(value <= low, 0, torch.where(value > high, index + 1, 255))
 
-# %% ../nbs/12_labels.ipynb #ada95d7e
+# %% ../nbs/12_labels.ipynb #83bc0c66
 class PAR(nn.Module):
     "Pixel-adaptive refinement (AFA, the paper's [13]). Raises ValueError for dilations below 1, negative rounds, or a chunk below 1."
     def __init__(self,
@@ -71,7 +71,7 @@ class PAR(nn.Module):
         "How much a constant map grows: the sum of the weights to the power of the rounds."
         return (1 + self.place) ** self.rounds
 
-# %% ../nbs/12_labels.ipynb #12764540
+# %% ../nbs/12_labels.ipynb #c6018a9f
 @patch
 def neighbors(self:PAR,
     x: Tensor,  # (B, C, H, W)
@@ -81,18 +81,21 @@ def neighbors(self:PAR,
     x = F.pad(x, (p, p, p, p), mode="replicate")
     return [x[..., p + i:p + i + H, p + j:p + j + W] for i, j in self.offsets]
 
-# %% ../nbs/12_labels.ipynb #df9eff40
+# %% ../nbs/12_labels.ipynb #bf3ee438
 @patch
 def weights(self:PAR,
     images: Tensor,  # (B, 3, H, W) float RGB
 ) -> Tensor:         # (B, 48, H, W), sums to 1.01 over dimension 1
     "How much each pixel listens to each neighbor: w_ij above."
-    near = torch.stack(self.neighbors(images), 2)                          # (B, 3, 48, H, W)
-    sigma = near.std(2, keepdim=True) + 1e-8
-    kappa = -((near - images[:, :, None]) / (self.color * sigma)).square().mean(1)
+    apart = [near - images for near in self.neighbors(images)]             # 48 of (B, 3, H, W)
+    n, total, squares = len(apart), torch.zeros_like(images), torch.zeros_like(images)
+    for d in apart: total += d; squares.addcmul_(d, d)
+    sigma = ((squares - total.square() / n) / (n - 1)).clamp_min(0).sqrt() + 1e-8
+    scale = -1 / (self.color * sigma).square() / images.shape[1]
+    kappa = torch.stack([(d.square() * scale).sum(1) for d in apart], 1)
     return kappa.softmax(1) + self.near[:, None, None]
 
-# %% ../nbs/12_labels.ipynb #3b2ba8ac
+# %% ../nbs/12_labels.ipynb #fbee42d7
 @patch
 @torch.no_grad()
 def forward(self:PAR,
@@ -118,7 +121,7 @@ def _refine(self:PAR, images, maps):
         maps = total
     return maps
 
-# %% ../nbs/12_labels.ipynb #a20af995
+# %% ../nbs/12_labels.ipynb #64047f9d
 def refine_labels(
     images: Tensor,           # (B, 3, H, W) float RGB
     maps: Tensor,             # (B, C, H, W) in [0, 1], zero for absent classes

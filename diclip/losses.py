@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['seg_loss', 'cache_loss', 'affinity_loss', 'learning_rate']
 
-# %% ../nbs/60_losses.ipynb #dc4eb7db
+# %% ../nbs/60_losses.ipynb #084f2755
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/60_losses.ipynb #6d1f78be
+# %% ../nbs/60_losses.ipynb #b37c9496
 def seg_loss(
     logits: Tensor,          # (B, K, H, W), background first
     target: Tensor,          # (B, H, W) int: 0 background, 1 to K - 1 classes, `ignore`
@@ -29,7 +29,7 @@ def seg_loss(
     if average is not None: counts = average(counts)
     return ((parts * loss).sum((1, 2, 3)) / counts.clamp_min(torch.finfo(loss.dtype).tiny)).mean()
 
-# %% ../nbs/60_losses.ipynb #2e5e3140
+# %% ../nbs/60_losses.ipynb #a6dac598
 def cache_loss(
     votes: Tensor,      # (B, N, C + 1) raw output of the adapter, the background last
     target: Tensor,     # (B, N) int: 0 background, c + 1 = class c, 255 ignored
@@ -43,7 +43,7 @@ def cache_loss(
     if average is not None: count = average(count)
     return total / count.clamp_min(1 / target.numel())
 
-# %% ../nbs/60_losses.ipynb #e68f8294
+# %% ../nbs/60_losses.ipynb #36f75a4b
 def affinity_loss(
     features: Tensor,   # (B, D, h, w) of the head
     target: Tensor,     # (B, h, w) int, 255 ignored
@@ -59,7 +59,7 @@ def affinity_loss(
     mean = lambda x, where: (x * where).sum() / where.sum().clamp_min(1)
     return (mean(1 - A, known & same) + mean(A, known & ~same)) / 2
 
-# %% ../nbs/60_losses.ipynb #55aefd5e
+# %% ../nbs/60_losses.ipynb #756ae77d
 def learning_rate(
     step: int,              # 0 to steps - 1
     steps: int,             # T, iterations in all

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DiCLIP', 'as_arrays', 'load_folder']
 
-# %% ../nbs/64_model.ipynb #f289f1e5
+# %% ../nbs/64_model.ipynb #ca4f882a
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from .supervision import Frozen, augmented, precompute, store_targets
 from .train import Learner, Student, new_student, train
 from .vce import fuse_attention
 
-# %% ../nbs/64_model.ipynb #76d67a35
+# %% ../nbs/64_model.ipynb #a4b357f2
 class DiCLIP:
     "CLIP and Stable Diffusion, both frozen, connected as in Figure 2. Raises ValueError for a cache of other classes or another CLIP."
     def __init__(
@@ -53,7 +53,7 @@ class DiCLIP:
         self.cache = cache
         return self
 
-# %% ../nbs/64_model.ipynb #384d65ef
+# %% ../nbs/64_model.ipynb #29ca1330
 @patch(cls_method=True)
 def from_pretrained(
     cls: DiCLIP,
@@ -68,7 +68,7 @@ def from_pretrained(
     p = name if isinstance(name, Profile) else get_profile(name, **overrides)
     return cls(load_clip(p, device, dtype), load_sd(p, device, dtype), p, cache)
 
-# %% ../nbs/64_model.ipynb #b6667dfa
+# %% ../nbs/64_model.ipynb #83b38016
 def _as_array(image):
     if isinstance(image, Sample): return image.image
     return read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
@@ -92,7 +92,7 @@ def prepare(
     arrays = as_arrays(images)
     return batch_images(arrays, self.profile.crop).to(self.device), [a.shape[:2] for a in arrays]
 
-# %% ../nbs/64_model.ipynb #01d83c56
+# %% ../nbs/64_model.ipynb #5f36dbcd
 @patch
 @torch.no_grad()
 def refined(self: DiCLIP, x: Tensor) -> tuple:
@@ -110,7 +110,7 @@ def attention(self: DiCLIP, images) -> dict:
     fused = fuse_attention(clip, refined, alpha=self.profile.alpha, mode=self.profile.fusion)
     return dict(clip=clip.mean(1)[:, 1:, 1:], sd=raw, refined=refined, fused=fused.mean(1)[:, 1:, 1:])
 
-# %% ../nbs/64_model.ipynb #2e97e9e2
+# %% ../nbs/64_model.ipynb #9ba8277e
 @patch
 def class_indices(
     self: DiCLIP,
@@ -126,7 +126,7 @@ def class_indices(
             if n not in self.profile.classes: raise ValueError(f"unknown class {n!r}: profile {self.profile.name!r} has {', '.join(self.profile.classes)}")
     return [[self.profile.classes.index(n) for n in names] for names in classes]
 
-# %% ../nbs/64_model.ipynb #09938dfc
+# %% ../nbs/64_model.ipynb #46246be1
 @patch
 @torch.no_grad()
 def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -150,7 +150,7 @@ def cams(
     M = torch.cat([self.maps(b) for b in x.split(batch)]).cpu()
     return [resize_maps(m[None, c], self.profile.grid, s)[0].clamp(0, 1) for m, c, s in zip(M, wanted, sizes)]
 
-# %% ../nbs/64_model.ipynb #bb38cb3f
+# %% ../nbs/64_model.ipynb #beb8fc97
 @patch
 @torch.no_grad()
 def segment(
@@ -172,7 +172,7 @@ def segment(
         out.append(q.argmax(0))
     return out
 
-# %% ../nbs/64_model.ipynb #9e1e546d
+# %% ../nbs/64_model.ipynb #15581ccd
 @patch
 def build_cache(self: DiCLIP, folder, progress=True) -> Cache:
     "Images of the profile (those that ship, or drawn into `folder`/pool) as a cache, (8)-(10); the model uses it from now on."
@@ -202,7 +202,7 @@ def fit(
     self.student = learner.module.eval()
     return log
 
-# %% ../nbs/64_model.ipynb #8d15621b
+# %% ../nbs/64_model.ipynb #a1ec54cf
 @patch
 def save_pretrained(self: DiCLIP, folder):
     "Write settings, cache and student; `from_pretrained(folder)` reads them."
@@ -222,7 +222,7 @@ def _read_settings(folder) -> tuple:
     try: return Profile(**{k: tuples(v) for k, v in record["profile"].items()}), record
     except (TypeError, KeyError) as e: raise ValueError(f"{Path(folder).name}/diclip.json does not fit this version of diclip ({e}): save the model again with this version") from None
 
-# %% ../nbs/64_model.ipynb #1fee0ad2
+# %% ../nbs/64_model.ipynb #ad1d8a8d
 def _read_student(folder, clip, profile, adapter):
     "Head and adapter of a saved model."
     head = HEADS[profile.head](clip.width, clip.depth, len(profile.classes), width=profile.head_width)

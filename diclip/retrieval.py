@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['retrieve', 'split_cache_output', 'suppress_background', 'cache_cam', 'static_cam', 'Adapter', 'dynamic_cam']
 
-# %% ../nbs/50_retrieval.ipynb #989fc90c
+# %% ../nbs/50_retrieval.ipynb #022f6afd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .cam import minmax
 
-# %% ../nbs/50_retrieval.ipynb #5a81d59e
+# %% ../nbs/50_retrieval.ipynb #828cc358
 def retrieve(
     features: Tensor,         # (B, N, d) queries, L2-normalised
     keys: Tensor,             # (n, d), L2-normalised
@@ -27,7 +27,7 @@ def retrieve(
     K, V = keys.to(features), values.to(features)
     return torch.exp(-sharpness * (1 - features @ K.T)) @ V
 
-# %% ../nbs/50_retrieval.ipynb #2d97eaec
+# %% ../nbs/50_retrieval.ipynb #b3995acf
 def split_cache_output(
     out: Tensor,   # (B, N, C + 1) from `retrieve`; the last column is the background
 ):                 # foreground (B, C, N), background (B, N)
@@ -35,7 +35,7 @@ def split_cache_output(
     if out.ndim != 3 or out.shape[-1] < 2: raise ValueError(f"votes must be (B, N, C + 1), not {tuple(out.shape)}: the values need C class columns and the background's")
     return out[..., :-1].transpose(1, 2), out[..., -1]
 
-# %% ../nbs/50_retrieval.ipynb #2cbf2b45
+# %% ../nbs/50_retrieval.ipynb #c9a4bba3
 def suppress_background(
     fg: Tensor,   # (B, C, N) foreground votes
     bg: Tensor,   # (B, N) background votes
@@ -45,7 +45,7 @@ def suppress_background(
         raise ValueError(f"foreground (B, C, N) needs background (B, N), not {tuple(fg.shape)} and {tuple(bg.shape)}: use split_cache_output")
     return fg * (1 - minmax(bg))[:, None]
 
-# %% ../nbs/50_retrieval.ipynb #0309f6bb
+# %% ../nbs/50_retrieval.ipynb #60bce0f0
 def cache_cam(
     features: Tensor,         # (B, N, d), L2-normalised
     cache,                    # `Cache`: keys (n, d), values (n, C + 1)
@@ -56,7 +56,7 @@ def cache_cam(
     fg, bg = split_cache_output(retrieve(features, cache.keys, cache.values, sharpness))
     return minmax(suppress_background(fg, bg) if negative else fg)
 
-# %% ../nbs/50_retrieval.ipynb #2c853a4f
+# %% ../nbs/50_retrieval.ipynb #3deeeb44
 def static_cam(
     vce: Tensor,              # (B, C, N) patch-text CAM of the VCE features, in [0, 1]
     cache: Tensor,            # (B, C, N) from `cache_cam`, in [0, 1]
@@ -69,7 +69,7 @@ def static_cam(
     M = minmax(vce + beta * cache)
     return M if labels is None else M * labels.to(M)[..., None]
 
-# %% ../nbs/50_retrieval.ipynb #e4b7693a
+# %% ../nbs/50_retrieval.ipynb #d8828ad4
 class Adapter(torch.nn.Module):
     "Equation (12): two linear layers that start as a cache; (B, N, d) features -> (B, N, C + 1) votes, the background last."
     def __init__(self,
@@ -82,7 +82,7 @@ class Adapter(torch.nn.Module):
 
     def forward(self, features): return retrieve(features, self.keys, self.values, self.sharpness)
 
-# %% ../nbs/50_retrieval.ipynb #b7d3bdc8
+# %% ../nbs/50_retrieval.ipynb #4d00b711
 @patch(cls_method=True)
 def from_cache(
     cls: Adapter,
@@ -101,7 +101,7 @@ def from_cache(
     K = torch.cat([K, noise * torch.randn(prompts, K.shape[1], generator=g)])
     return cls(K, torch.cat([V, V.new_zeros(prompts, V.shape[1])]), sharpness).to(cache.keys.device)
 
-# %% ../nbs/50_retrieval.ipynb #3d0bd39d
+# %% ../nbs/50_retrieval.ipynb #745fe330
 def dynamic_cam(
     vce: Tensor,             # (B, C, N) patch-text CAM of the VCE features, in [0, 1]
     votes: Tensor,           # (B, N, C + 1) from an `Adapter`

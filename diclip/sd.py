@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StableDiffusion', 'load_sd', 'draw_noise']
 
-# %% ../nbs/20_sd.ipynb #7fdf23fc
+# %% ../nbs/20_sd.ipynb #95f60072
 import hashlib
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from .imagepool import generate_pool
 from .sd_weights import find_weights, quiet, read_pipeline
 from .unet import attention_map, capture_self_attention, resize_tokens, self_attention_layers
 
-# %% ../nbs/20_sd.ipynb #f1b4259d
+# %% ../nbs/20_sd.ipynb #cedf32ab
 class StableDiffusion:
     "A frozen Stable Diffusion: self-attention of real images (III-C), images of prompts (III-D)."
     def __init__(self,
@@ -45,7 +45,7 @@ class StableDiffusion:
         for key, w in sorted(self.pipe.unet.state_dict().items()): digest.update(key.encode() + w.half().cpu().numpy().tobytes())
         return f"{self.name}:{digest.hexdigest()[:12]}"
 
-# %% ../nbs/20_sd.ipynb #d6c63b3c
+# %% ../nbs/20_sd.ipynb #25b651b6
 def load_sd(
     profile,              # a `Profile`: its sd, sd_alternatives and size are read
     device="cpu",         # where the model runs
@@ -57,7 +57,7 @@ def load_sd(
     with quiet(): pipe.to(device=device, dtype=dtype)
     return StableDiffusion(pipe, found.name, profile.size)
 
-# %% ../nbs/20_sd.ipynb #ec2fab92
+# %% ../nbs/20_sd.ipynb #d1b7d810
 @patch
 @torch.no_grad()
 def encode(self: StableDiffusion,
@@ -78,7 +78,7 @@ def decode(self: StableDiffusion,
     z = latents.to(self.device, self.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
     return (vae.decode(z).sample.float() / 2 + .5).clamp(0, 1)
 
-# %% ../nbs/20_sd.ipynb #e3421673
+# %% ../nbs/20_sd.ipynb #55d75878
 def draw_noise(
     shape,   # (channels, h, w) of one image's latents
     seed=0,  # fixes all draws
@@ -88,7 +88,7 @@ def draw_noise(
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for _ in range(draws)]
 
-# %% ../nbs/20_sd.ipynb #cade5088
+# %% ../nbs/20_sd.ipynb #481f17df
 @patch
 def add_noise(self: StableDiffusion,
               latents: Tensor,    # (B, channels, h, w) scaled latents
@@ -99,7 +99,7 @@ def add_noise(self: StableDiffusion,
     noise = noise.to(latents).expand_as(latents)
     return self.pipe.scheduler.add_noise(latents, noise, torch.tensor([timestep], device=latents.device))
 
-# %% ../nbs/20_sd.ipynb #58c4b326
+# %% ../nbs/20_sd.ipynb #cee5f19b
 @patch
 @torch.no_grad()
 def look(self: StableDiffusion,
@@ -118,7 +118,7 @@ def look(self: StableDiffusion,
         total = total + attention_map(resize_tokens(t.q, size, grid), resize_tokens(t.k, size, grid), t.scale)
     return total / len(taken)
 
-# %% ../nbs/20_sd.ipynb #a24939f1
+# %% ../nbs/20_sd.ipynb #a670aee1
 def _check_images(images, factor):
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"images must be a (B, 3, H, W) tensor with B > 0, got {tuple(getattr(images, 'shape', ()))}: put the channels second and add the batch dimension.")
@@ -133,7 +133,7 @@ def _check_numbers(grid, timestep, draws, chunk, count):
     if int(timestep) != timestep or not 0 <= timestep < count: raise ValueError(f"timestep must be an integer from 0 to {count - 1}, got {timestep}.")
     if draws < 1 or (chunk is not None and chunk < 1): raise ValueError(f"draws ({draws}) and chunk ({chunk}) must be at least 1.")
 
-# %% ../nbs/20_sd.ipynb #84888de5
+# %% ../nbs/20_sd.ipynb #ff09952f
 @patch
 @torch.no_grad()
 def attention(self: StableDiffusion,
@@ -157,7 +157,7 @@ def attention(self: StableDiffusion,
     if not A.isfinite().all(): raise ValueError(f"The attention overflowed in {self.dtype}: load the model in bfloat16 or float32.")
     return A
 
-# %% ../nbs/20_sd.ipynb #e969b232
+# %% ../nbs/20_sd.ipynb #1029fec7
 @patch
 def untrained(self: StableDiffusion,
               seed=0, # of the initialization
@@ -169,7 +169,7 @@ def untrained(self: StableDiffusion,
         pipe = type(self.pipe)(**{**self.pipe.components, "unet": unet}, requires_safety_checker=False)
     return StableDiffusion(pipe, f"{self.name}-untrained", self.size)
 
-# %% ../nbs/20_sd.ipynb #a823707b
+# %% ../nbs/20_sd.ipynb #930ad387
 @patch
 def picture_size(self: StableDiffusion,
                  size=None, # one side, (height, width), or None for the model's own
@@ -180,7 +180,7 @@ def picture_size(self: StableDiffusion,
     if h < 1 or w < 1 or h % self.factor or w % self.factor: raise ValueError(f"Images of {h}x{w} cannot be made: use multiples of {self.factor}.")
     return h, w
 
-# %% ../nbs/20_sd.ipynb #d351fbd0
+# %% ../nbs/20_sd.ipynb #bd2b9f59
 @patch
 @torch.no_grad()
 def generate(self: StableDiffusion,

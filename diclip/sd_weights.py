@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'SIZES', 'missing_files', 'check_folder', 'quiet', 'Found', 'local_folder', 'hub_folder', 'find_weights',
            'count_tensors', 'read_pipeline']
 
-# %% ../nbs/18_sd_weights.ipynb #d54b88c5
+# %% ../nbs/18_sd_weights.ipynb #4ae5c742
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .clip_weights import WeightsError
 
-# %% ../nbs/18_sd_weights.ipynb #baab8043
+# %% ../nbs/18_sd_weights.ipynb #abe99b4f
 PARTS = ("unet", "vae", "text_encoder")
 
 def missing_files(folder: Path) -> list:
@@ -22,7 +22,7 @@ def missing_files(folder: Path) -> list:
     configs = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json", *(f"{p}/config.json" for p in PARTS)]
     return [c for c in configs if not (folder / c).exists()] + [f"{p}/*.safetensors" for p in PARTS if not any((folder / p).glob("*.safetensors"))]
 
-# %% ../nbs/18_sd_weights.ipynb #7694ce77
+# %% ../nbs/18_sd_weights.ipynb #f782e10b
 def check_folder(folder: Path):
     "Raises WeightsError for missing, shortened or foreign files."
     from safetensors import safe_open
@@ -33,7 +33,7 @@ def check_folder(folder: Path):
         except Exception as e:
             raise WeightsError(f"{f.parent.name}/{f.name} in {folder.name} is cut short or not a safetensors file ({f.stat().st_size} bytes): fetch it again.") from e
 
-# %% ../nbs/18_sd_weights.ipynb #eb17a22d
+# %% ../nbs/18_sd_weights.ipynb #eda18f24
 @contextmanager
 def quiet():
     "diffusers and transformers without progress bars and advice; their settings come back afterwards."
@@ -47,14 +47,14 @@ def quiet():
             m.set_verbosity(level)
             if bar: m.enable_progress_bar()
 
-# %% ../nbs/18_sd_weights.ipynb #6b0652ed
+# %% ../nbs/18_sd_weights.ipynb #34e4e86e
 class Found(NamedTuple):
     "A pipeline folder on this machine."
     name: str            # the id, or the folder's last name: what a fingerprint may show
     folder: Path         # where it is
     variant: str | None  # "fp16" or None, which of its files to read
 
-# %% ../nbs/18_sd_weights.ipynb #2122dd24
+# %% ../nbs/18_sd_weights.ipynb #042a69a4
 def local_folder(
     sd: str,        # `Profile.sd`
 ) -> Path | None:   # None for a hub id
@@ -64,7 +64,7 @@ def local_folder(
     if given.is_absolute() or str(sd).startswith((".", "~", "weights/")):
         raise WeightsError(f"There is no folder {sd}: name a diffusers pipeline folder or a Hugging Face id (the mini model ships with diclip: reinstall it if it is gone).")
 
-# %% ../nbs/18_sd_weights.ipynb #39bda5c7
+# %% ../nbs/18_sd_weights.ipynb #18904c84
 SIZES = {"stable-diffusion-2-1": (5.2, 2.6), "stable-diffusion-v1-5": (4.3, 2.1), "stable-diffusion-v1-4": (4.3, 2.1)} # GB, float32 and float16
 
 def hub_folder(
@@ -87,7 +87,7 @@ def hub_folder(
         f"({type(why).__name__}): connect once and run `python -c \"from diffusers import StableDiffusionPipeline as P; "
         f"P.download('{ids[0]}', use_safetensors=True, safety_checker=None)\"`, or use profile('mini'), which needs no download.") from why
 
-# %% ../nbs/18_sd_weights.ipynb #b485ef1a
+# %% ../nbs/18_sd_weights.ipynb #76202141
 def find_weights(
     sd: str,          # a folder, or a hub id
     alternatives=(),  # more ids, looked up in the cache only
@@ -102,7 +102,7 @@ def find_weights(
     fp16 = [n for n in names if ".fp16" in n]
     return Found(name, folder, "fp16" if fp16 and (half or fp16 == names) else None)
 
-# %% ../nbs/18_sd_weights.ipynb #d3b4381d
+# %% ../nbs/18_sd_weights.ipynb #d2900b28
 def count_tensors(folder: Path, variant=None) -> int:
     "How many tensors the weight files of one network hold."
     from safetensors import safe_open
@@ -112,7 +112,7 @@ def count_tensors(folder: Path, variant=None) -> int:
             with safe_open(f, "pt") as weights: count += len(weights.keys())
     return count
 
-# %% ../nbs/18_sd_weights.ipynb #5161f7f4
+# %% ../nbs/18_sd_weights.ipynb #633631ce
 def read_pipeline(found: Found):
     "diffusers' `StableDiffusionPipeline` in float32 on the CPU. Raises WeightsError if weights and configurations do not fit."
     from diffusers import StableDiffusionPipeline

@@ -6,7 +6,7 @@
 __all__ = ['add_static', 'Frozen', 'pack', 'unpack', 'make_par', 'pixel_labels', 'patch_labels', 'supervising_cam', 'augmented',
            'precompute', 'store_targets']
 
-# %% ../nbs/62_supervision.ipynb #7b365482
+# %% ../nbs/62_supervision.ipynb #c240f267
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +17,7 @@ from .keys import vce_features
 from .labels import PAR, pseudo_labels, refine_labels
 from .retrieval import cache_cam, dynamic_cam, static_cam
 
-# %% ../nbs/62_supervision.ipynb #a77751f3
+# %% ../nbs/62_supervision.ipynb #ccfb4f38
 def add_static(
     f: dict,          # with features (B, N, d) and cam (B, C, N)
     labels: Tensor,   # (B, C) bool
@@ -51,7 +51,7 @@ class Frozen:
         maps = self.clip.dense(images, keep=("attention",)).attention
         return torch.stack([A.float().mean(1)[:, 1:, 1:] for A in maps]).mean(0)
 
-# %% ../nbs/62_supervision.ipynb #001fc536
+# %% ../nbs/62_supervision.ipynb #24a9ff9d
 def pack(
     maps: Tensor,     # (B, C, N), zero for absent classes
     labels: Tensor,   # (B, C) bool
@@ -70,7 +70,7 @@ def unpack(
     table[:, 0], table[:, 1:index.shape[1] + 1] = 0, index + 1
     return table.gather(1, target.flatten(1)).view(target.shape)
 
-# %% ../nbs/62_supervision.ipynb #704423d1
+# %% ../nbs/62_supervision.ipynb #491b472d
 def make_par(profile):
     "The refinement of a profile; None where it has no dilations."
     return PAR(profile.par_dilations, profile.par_rounds) if profile.par_dilations else None
@@ -93,7 +93,7 @@ def pixel_labels(
     out = unpack(found, index)
     return out if valid is None else out.masked_fill(~valid, 255)
 
-# %% ../nbs/62_supervision.ipynb #ea7e1e3d
+# %% ../nbs/62_supervision.ipynb #0c0ff803
 def patch_labels(
     maps: Tensor,     # (B, C, N) static CAMs
     grid: tuple,      # (h, w)
@@ -105,7 +105,7 @@ def patch_labels(
     if valid is None: return out
     return out.masked_fill(F.adaptive_avg_pool2d(valid[:, None].float(), grid).flatten(1) < .5, 255)
 
-# %% ../nbs/62_supervision.ipynb #0e1fe21f
+# %% ../nbs/62_supervision.ipynb #c07ea90d
 def supervising_cam(
     f: dict,                # from `Frozen`
     labels: Tensor,         # (B, C) bool
@@ -115,7 +115,7 @@ def supervising_cam(
     "M_dyn (13) with an adapter's votes, M_static (11) without, which is M_vce (1) where there is no cache."
     return f["static"] if votes is None else dynamic_cam(f["cam"], votes.detach(), beta, labels)
 
-# %% ../nbs/62_supervision.ipynb #b1ecbee8
+# %% ../nbs/62_supervision.ipynb #8cd3bbff
 def augmented(profile) -> bool:
     "Does an image look different each time it is drawn?"
     return bool(profile.long_side or profile.rescale or profile.flip)
@@ -137,7 +137,7 @@ def precompute(
         parts.append({k: v.half().cpu() if k == "tokens" else v.cpu() for k, v in frozen(x.to(device), y.to(device)).items()})
     return {k: torch.cat([q[k] for q in parts]) for k in parts[0]}
 
-# %% ../nbs/62_supervision.ipynb #d4a246dd
+# %% ../nbs/62_supervision.ipynb #d995fc0d
 def store_targets(
     memory: dict,          # from `precompute`
     samples,               # the same images

@@ -6,7 +6,7 @@
 __all__ = ['Student', 'new_student', 'total_loss', 'Learner', 'settings', 'Log', 'read_log', 'begin', 'one', 'train',
            'cam_quality', 'seg_loss', 'cache_loss', 'Frozen', 'precompute', 'store_targets']
 
-# %% ../nbs/62_train.ipynb #08fefb07
+# %% ../nbs/62_train.ipynb #38c4c0fe
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from .retrieval import Adapter
 from .supervision import Frozen, augmented, make_par, patch_labels, pixel_labels, precompute, store_targets, supervising_cam
 _all_ = ["seg_loss", "cache_loss", "Frozen", "precompute", "store_targets"]
 
-# %% ../nbs/62_train.ipynb #e2da15c7
+# %% ../nbs/62_train.ipynb #affde166
 class Student(nn.Module):
     "The head and, in the last row of Table IV, the adapter."
     def __init__(self, head, adapter=None):
@@ -50,7 +50,7 @@ def new_student(
     head = HEADS[p.head](clip.width, clip.depth, len(p.classes), width=p.head_width)
     return Student(head, None if cache is None else Adapter.from_cache(cache, p.prompts, p.prompt_noise, random, p.sharpness, seed))
 
-# %% ../nbs/62_train.ipynb #2d8daaec
+# %% ../nbs/62_train.ipynb #a881bed2
 def total_loss(
     logits: Tensor, votes, embedding: Tensor,   # from `Student`
     target: Tensor,          # (B, H, W) labels for the head
@@ -68,7 +68,7 @@ def total_loss(
     weights = dict(seg=1., cache=profile.cache_weight, affinity=profile.affinity_weight)
     return sum(weights[k] * v for k, v in parts.items()), {k: v.item() for k, v in parts.items()}
 
-# %% ../nbs/62_train.ipynb #582704b4
+# %% ../nbs/62_train.ipynb #df55f062
 class Learner:
     "A student, its teachers and its optimizer."
     def __init__(self,
@@ -91,7 +91,7 @@ class Learner:
     @property
     def module(self) -> Student: return self.accelerator.unwrap_model(self.student)
 
-# %% ../nbs/62_train.ipynb #e2d1aa96
+# %% ../nbs/62_train.ipynb #1941a93c
 @patch
 def look(self: Learner, batch) -> dict:
     "What the frozen models say about a batch: computed now, or remembered."
@@ -109,7 +109,7 @@ def teach(self: Learner, f, batch, votes) -> tuple:
     if "target" in f and votes is None: return f["target"].long(), patches
     return pixel_labels(image, supervising_cam(f, labels, votes, p.beta), labels, p.grid, p, self.par, valid, f.get("attention")), patches
 
-# %% ../nbs/62_train.ipynb #bde47b2f
+# %% ../nbs/62_train.ipynb #d342764f
 @patch
 def predict(self: Learner, batch):
     f = self.look(batch)
@@ -133,7 +133,7 @@ def step(self: Learner, batch) -> dict:
     self.optimizer.zero_grad()
     return parts
 
-# %% ../nbs/62_train.ipynb #ea5c5306
+# %% ../nbs/62_train.ipynb #fdf8c43a
 def settings(learner, data) -> dict:
     "What must not change between a training and its continuation, as JSON knows it."
     return json.loads(json.dumps(dict(asdict(learner.profile), seed=data.seed, images=len(data.samples), processes=learner.accelerator.num_processes,
@@ -157,7 +157,7 @@ def load(self: Learner, folder, settings) -> int:
     restore_optimizer(self.optimizer, part(tensors, "optimizer"))
     return state["iteration"]
 
-# %% ../nbs/62_train.ipynb #13b62c65
+# %% ../nbs/62_train.ipynb #bec054de
 class Log:
     "Losses and scores by iteration: lines of JSON, TensorBoard beside them, and the mean since the last line."
     def __init__(self, folder, first: int, active=True):
@@ -186,7 +186,7 @@ def read_log(folder) -> list:
     path = Path(folder) / "log.jsonl"
     return [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
 
-# %% ../nbs/62_train.ipynb #1ad1d014
+# %% ../nbs/62_train.ipynb #6e929ccc
 def begin(learner, data, folder, resume) -> int:
     "The first iteration to do. Raises ValueError where a checkpoint would be overwritten."
     done = load_checkpoint(folder)[1].get("iteration", 0)
@@ -200,7 +200,7 @@ def one(learner, data, iteration, batch) -> dict:
     torch.manual_seed((data.seed * 1_000_003 + iteration) * a.num_processes + a.process_index)
     return learner.step(batch)
 
-# %% ../nbs/62_train.ipynb #6522a5f8
+# %% ../nbs/62_train.ipynb #c18d54d4
 def train(
     learner: Learner, data: TrainingSet,
     folder,                  # of checkpoint, log and TensorBoard
@@ -229,7 +229,7 @@ def train(
     if skipped: print(f"skipped {len(skipped)} damaged images: {'; '.join(sorted(set(skipped))[:5])}")
     return read_log(folder)
 
-# %% ../nbs/62_train.ipynb #c728b947
+# %% ../nbs/62_train.ipynb #347a10c4
 @torch.no_grad()
 def cam_quality(
     learner: Learner,

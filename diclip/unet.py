@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AttentionLayer', 'self_attention_layers', 'QueryKey', 'capture_self_attention', 'resize_tokens', 'attention_map']
 
-# %% ../nbs/19_unet.ipynb #78ce969a
+# %% ../nbs/19_unet.ipynb #796b12d2
 import math
 from contextlib import contextmanager
 from numbers import Integral
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/19_unet.ipynb #5ed0a79b
+# %% ../nbs/19_unet.ipynb #73344ac2
 class AttentionLayer(NamedTuple):
     "One self-attention of the UNet's decoder."
     name: str    # path of the module in the UNet
@@ -29,7 +29,7 @@ class AttentionLayer(NamedTuple):
         "How the UNet has divided the latents where this layer stands; odd sizes round up."
         return tuple(-(-n // self.stride) for n in size)
 
-# %% ../nbs/19_unet.ipynb #1e8c0e0c
+# %% ../nbs/19_unet.ipynb #b4316271
 def self_attention_layers(
     unet,                   # diffusers' `UNet2DConditionModel`
 ) -> list[AttentionLayer]:  # in the order in which the UNet runs them
@@ -44,7 +44,7 @@ def self_attention_layers(
         raise ValueError("This UNet has no self-attention (attn1) in its up blocks: use a Stable Diffusion 1.x or 2.x model.")
     return layers
 
-# %% ../nbs/19_unet.ipynb #505d577d
+# %% ../nbs/19_unet.ipynb #edd871a8
 class QueryKey(NamedTuple):
     "What one self-attention layer was about to compare."
     layer: int    # index in `self_attention_layers`
@@ -55,7 +55,7 @@ class QueryKey(NamedTuple):
 
 class _Enough(Exception): "Raised inside the UNet when the last wanted layer was seen."
 
-# %% ../nbs/19_unet.ipynb #e9cd87ea
+# %% ../nbs/19_unet.ipynb #55cd38b5
 def _check_layers(layers, count):
     "The wanted layer indices, sorted; all of them for None."
     wanted = list(range(count)) if layers is None else [layers] if isinstance(layers, Integral) else list(layers)
@@ -75,7 +75,7 @@ def _watch(attn, done):
     def on_key(module, inputs, out): done(q.pop(), _heads(attn, out, attn.norm_k))
     return [attn.to_q.register_forward_hook(on_query), attn.to_k.register_forward_hook(on_key)]
 
-# %% ../nbs/19_unet.ipynb #38a58624
+# %% ../nbs/19_unet.ipynb #90bd95c5
 @contextmanager
 def capture_self_attention(
     unet,         # diffusers' `UNet2DConditionModel`
@@ -97,7 +97,7 @@ def capture_self_attention(
     finally:
         for hook in hooks: hook.remove()
 
-# %% ../nbs/19_unet.ipynb #bfaac8ee
+# %% ../nbs/19_unet.ipynb #8faa86f0
 def resize_tokens(
     x: Tensor,  # (B, heads, T, d) queries or keys
     size,       # (h, w) of the T tokens
@@ -111,7 +111,7 @@ def resize_tokens(
     maps = x.float().transpose(2, 3).reshape(B * H, d, *size)
     return F.interpolate(maps, grid, mode="bilinear", align_corners=False).reshape(B, H, d, -1).transpose(2, 3)
 
-# %% ../nbs/19_unet.ipynb #49732c05
+# %% ../nbs/19_unet.ipynb #2bb2bece
 def attention_map(
     q: Tensor,     # (B, heads, N, d) queries
     k: Tensor,     # (B, heads, N, d) keys

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FUSIONS', 'fuse_attention', 'enhanced_features']
 
-# %% ../nbs/30_vce.ipynb #9bc93a26
+# %% ../nbs/30_vce.ipynb #a4b32d47
 from functools import partial
 import torch
 from torch import Tensor
 
-# %% ../nbs/30_vce.ipynb #4d218edc
+# %% ../nbs/30_vce.ipynb #7581ca33
 FUSIONS = {  # Table XII: name -> function of CLIP's patch block A (B, H, N, N) and S = alpha * SD's attention (B, 1, N, N)
     "additive":      lambda A, S: A + S,
     "clip":          lambda A, S: A,
@@ -20,7 +20,7 @@ FUSIONS = {  # Table XII: name -> function of CLIP's patch block A (B, H, N, N) 
     "normalization": lambda A, S: (A + S).softmax(-1),
 }
 
-# %% ../nbs/30_vce.ipynb #42d13c9b
+# %% ../nbs/30_vce.ipynb #66835e5f
 def _check(clip, sd, mode):
     "Raises ValueError unless the two maps can be fused."
     if mode not in FUSIONS: raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(FUSIONS)}.")
@@ -30,7 +30,7 @@ def _check(clip, sd, mode):
     for name, x in (("CLIP's", clip), ("SD's", sd)):
         if not x.isfinite().all(): raise ValueError(f"{name} attention holds NaN or infinity: check the images and the precision of the model.")
 
-# %% ../nbs/30_vce.ipynb #ac691607
+# %% ../nbs/30_vce.ipynb #cdd121ba
 def fuse_attention(
     clip: Tensor,             # (B, H, N+1, N+1) CLIP's attention, class token first, rows sum to 1
     sd: Tensor,               # (B, N, N) diffusion attention, rows sum to 1
@@ -43,7 +43,7 @@ def fuse_attention(
     fused[..., 1:, 1:] = FUSIONS[mode](clip[..., 1:, 1:], alpha * sd[:, None].to(clip))
     return fused
 
-# %% ../nbs/30_vce.ipynb #9d3f12f4
+# %% ../nbs/30_vce.ipynb #0333eb34
 def enhanced_features(
     clip,                     # `diclip.clip.DenseCLIP`
     images: Tensor,           # (B, 3, H, W) RGB in [0, 1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['off_context', 'judge_net', 'train_judge', 'accuracy']
 
-# %% ../../nbs/mini/50_card.ipynb #d8230fec
+# %% ../../nbs/mini/50_card.ipynb #cab4d133
 import hashlib, json
 from pathlib import Path
 import numpy as np
@@ -14,7 +14,7 @@ from torch import nn
 from .pool import pool_item
 from ..world import BACKGROUNDS, CLASSES, HOME, render
 
-# %% ../../nbs/mini/50_card.ipynb #d1c7a878
+# %% ../../nbs/mini/50_card.ipynb #805492c3
 def off_context(
     count: int,      # scenes
     split="val",
@@ -27,7 +27,7 @@ def off_context(
         scenes.append(render(10_000 + i, split, [CLASSES[c] for c in labels], rng.choice([b for b in BACKGROUNDS if b not in homes])))
     return scenes
 
-# %% ../../nbs/mini/50_card.ipynb #1877fd6d
+# %% ../../nbs/mini/50_card.ipynb #efbc87f8
 def judge_net():
     "A small convolutional classifier of 96 x 96 images into the eight classes."
     layer = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
@@ -35,7 +35,7 @@ def judge_net():
 
 def _batch(images): return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-# %% ../../nbs/mini/50_card.ipynb #3489385c
+# %% ../../nbs/mini/50_card.ipynb #4da32a0e
 def train_judge(
     steps: int = 600, batch: int = 48,
     first: int = 100_000,     # portraits from this seed on, beyond the pool's
@@ -53,7 +53,7 @@ def train_judge(
         optimizer.zero_grad(); loss.backward(); optimizer.step(); plan.step()
     return net.eval()
 
-# %% ../../nbs/mini/50_card.ipynb #6284a85f
+# %% ../../nbs/mini/50_card.ipynb #92496b7c
 @torch.no_grad()
 def accuracy(net, images, classes) -> tuple:
     "Share of images put into their class, and the (8, 8) table of class by verdict."

@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'clip_config', 'new_clip', 'caption_loss', 'word_loss', 'word_prompts', 'ClipLoss', 'average_precision',
            'train_clip', 'ship_clip']
 
-# %% ../../nbs/mini/20_clip.ipynb #3f97ccb7
+# %% ../../nbs/mini/20_clip.ipynb #152041ed
 import gzip, json, os, shutil
 from pathlib import Path
 import numpy as np
@@ -20,7 +20,7 @@ from .training import fit, read_log, started
 from .vocabulary import corpus, learn_merges, write_open_clip
 from ..world import BACKGROUNDS, CLASSES, render
 
-# %% ../../nbs/mini/20_clip.ipynb #3e4f0276
+# %% ../../nbs/mini/20_clip.ipynb #904c206f
 MEAN, STD = (.5, .5, .5), (.25, .25, .25)
 
 def clip_config(vocab_size, dropout=0.):
@@ -38,7 +38,7 @@ def new_clip(folder, dropout=.5):
     config = clip_config(512 + len(merges) + 2, dropout)
     return mini_clip(config), load_tokenizer(folder / "bpe.txt.gz", config)
 
-# %% ../../nbs/mini/20_clip.ipynb #42b91ede
+# %% ../../nbs/mini/20_clip.ipynb #aaf9dcc3
 def caption_loss(image, text, tokens, scale):
     "CLIP's symmetric cross-entropy; equal captions share the target."
     logits = scale * image @ text.T
@@ -54,7 +54,7 @@ def word_loss(image, words, answers, scale, bias):
 
 def word_prompts(): return [f"a photo of a {c}" for c in CLASSES] + [f"a photo of {b}" for b in BACKGROUNDS]
 
-# %% ../../nbs/mini/20_clip.ipynb #d3ad4190
+# %% ../../nbs/mini/20_clip.ipynb #96e11504
 class ClipLoss:
     "Draws a batch and computes the loss; the callable that `fit` wants."
     def __init__(self, model, tokenizer, pool, batch=64, portraits=.25, seed=0, device="cpu"):
@@ -74,7 +74,7 @@ class ClipLoss:
         words = word_loss(image, text[len(t):], y, m.word_scale.exp(), m.word_bias)
         return .3 * captions + 4 * words, dict(captions=captions.item(), words=words.item())
 
-# %% ../../nbs/mini/20_clip.ipynb #ea78d859
+# %% ../../nbs/mini/20_clip.ipynb #644f7cf8
 @patch
 def draw(self: ClipLoss):
     "Images (B, 3, 96, 96) in [0, 1], flipped at random, their captions' tokens and answers."
@@ -87,7 +87,7 @@ def draw(self: ClipLoss):
     x = x.permute(0, 3, 1, 2).float() / 255
     return (x.flip(3) if self.rng.random() < .5 else x), t, y
 
-# %% ../../nbs/mini/20_clip.ipynb #e9c5cd09
+# %% ../../nbs/mini/20_clip.ipynb #dd8bf7fd
 def average_precision(
     model, tokenizer,       # an open_clip model and its tokenizer
     scenes: list,           # rendered scenes
@@ -103,7 +103,7 @@ def average_precision(
     score, truth = (f @ t.T).cpu().numpy(), np.array([[c in s.labels for c in range(len(CLASSES))] for s in scenes])
     return np.array([average_precision_score(truth[:, c], score[:, c]) if truth[:, c].any() else np.nan for c in range(len(CLASSES))])
 
-# %% ../../nbs/mini/20_clip.ipynb #506b5fa7
+# %% ../../nbs/mini/20_clip.ipynb #26d4cfc7
 def train_clip(
     folder,                   # checkpoint, log and merges
     pool,                     # the pre-training pool
@@ -128,7 +128,7 @@ def train_clip(
     model.load_state_dict(average)
     return model.eval(), tokenizer
 
-# %% ../../nbs/mini/20_clip.ipynb #dc50a28d
+# %% ../../nbs/mini/20_clip.ipynb #ee85bf5e
 def ship_clip(
     model, folder,         # what `train_clip` returned; where to write
 ):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['schedule', 'started', 'save_state', 'load_state', 'rank', 'processes', 'read_log', 'fit']
 
-# %% ../../nbs/mini/11_training.ipynb #cd88b365
+# %% ../../nbs/mini/11_training.ipynb #b4cd414b
 import json, time
 from pathlib import Path
 import torch
 from ..checkpoint import load_checkpoint, optimizer_tensors, part, restore_optimizer, save_checkpoint
 
-# %% ../../nbs/mini/11_training.ipynb #1dca637d
+# %% ../../nbs/mini/11_training.ipynb #ba3eb4ac
 def schedule(
     progress: float,      # share of the budget that is used, 0 to 1
     warm: float = .02,    # share spent warming up
@@ -20,7 +20,7 @@ def schedule(
     "Trapezoidal learning-rate factor."
     return max(0., min(1., progress / warm + .01, (1 - progress) / fall))
 
-# %% ../../nbs/mini/11_training.ipynb #24c9d7cc
+# %% ../../nbs/mini/11_training.ipynb #53a13502
 def started(folder) -> bool:
     "Is there a checkpoint in the folder?"
     return (Path(folder) / "checkpoint.json").exists()
@@ -40,7 +40,7 @@ def load_state(folder, model, average, optimizer) -> dict:
     restore_optimizer(optimizer, part(tensors, "optimizer"))
     return {k: state[k] for k in ("step", "seconds", "pictures")}
 
-# %% ../../nbs/mini/11_training.ipynb #f699071e
+# %% ../../nbs/mini/11_training.ipynb #07b7b69a
 def rank() -> int:
     "Number of this process among those that torchrun started; 0 where there is only one."
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -62,7 +62,7 @@ def _agree(progress):
     torch.distributed.broadcast(box, 0)
     return box.item()
 
-# %% ../../nbs/mini/11_training.ipynb #61b485c1
+# %% ../../nbs/mini/11_training.ipynb #1dbed702
 def _step(model, optimizer, loss, clip):
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -76,7 +76,7 @@ def _average(average, model, step, decay):
     for k, v in model.state_dict().items():
         average[k].lerp_(v.detach().to(average[k].device), 1 - d) if v.is_floating_point() else average[k].copy_(v)
 
-# %% ../../nbs/mini/11_training.ipynb #c2bb953c
+# %% ../../nbs/mini/11_training.ipynb #6e12ffa3
 def _log(folder, counters, values):
     line = dict(step=counters["step"], pictures=counters["pictures"], minutes=round(counters["seconds"] / 60, 2), **{k: round(v, 5) for k, v in values.items()})
     if rank() == 0:
@@ -87,7 +87,7 @@ def read_log(folder) -> list:
     path = Path(folder) / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-# %% ../../nbs/mini/11_training.ipynb #07787ed7
+# %% ../../nbs/mini/11_training.ipynb #535d611a
 class _Run:
     "Model, running average, optimizer and counters of one training."
     def __init__(self, model, folder, rate, weight_decay):
@@ -116,7 +116,7 @@ class _Run:
             save_state(self.folder, self.model, self.average, self.optimizer, self.counters)
             if evaluate: _log(self.folder, self.counters, evaluate(self.average)); self.model.train()
 
-# %% ../../nbs/mini/11_training.ipynb #fa563d6b
+# %% ../../nbs/mini/11_training.ipynb #1c919e25
 def fit(
     model,                    # an nn.Module
     batch_loss,               # batch_loss(step) -> (loss tensor, {name: float} to log)

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULE', 'new_unet', 'new_text_encoder', 'first_alone', 'Denoiser', 'Latents', 'time_steps', 'DiffusionLoss',
            'train_unet', 'ship_sd', 'main']
 
-# %% ../../nbs/mini/40_unet.ipynb #f4720c20
+# %% ../../nbs/mini/40_unet.ipynb #4e55865e
 import os, shutil
 from pathlib import Path
 import numpy as np
@@ -17,7 +17,7 @@ from .pool import read_pool
 from .training import fit, rank, read_log, started
 from .vocabulary import corpus, learn_merges, write_transformers
 
-# %% ../../nbs/mini/40_unet.ipynb #3780aae9
+# %% ../../nbs/mini/40_unet.ipynb #2b30c3c3
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, prediction_type="v_prediction")
 
 def new_unet():
@@ -35,7 +35,7 @@ def new_text_encoder(tokenizer):
                             max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end, projection_dim=64)
     return CLIPTextModel(config)
 
-# %% ../../nbs/mini/40_unet.ipynb #f78e1b1d
+# %% ../../nbs/mini/40_unet.ipynb #806fe34c
 def first_alone(make):
     "`make()`, called by the first process before the others, which then find its files."
     if rank() == 0: made = make()
@@ -58,7 +58,7 @@ class Denoiser(torch.nn.Module):
         unique, back = ids.unique(dim=0, return_inverse=True)
         return self.unet(z, t, self.text(unique).last_hidden_state[back]).sample
 
-# %% ../../nbs/mini/40_unet.ipynb #9261d10e
+# %% ../../nbs/mini/40_unet.ipynb #d405b692
 class Latents:
     "Both pools as latents, encoded the first time that a picture is drawn."
     def __init__(self, vae, pool, model, portraits=.6, seed=0, device="cpu"):
@@ -83,7 +83,7 @@ class Latents:
         ids[torch.from_numpy(self.rng.random(n) < .1)] = self.null
         return self.z[index].to(self.device), ids.to(self.device)
 
-# %% ../../nbs/mini/40_unet.ipynb #33e73435
+# %% ../../nbs/mini/40_unet.ipynb #5f35511f
 def time_steps(n, rng):
     "Half uniform over the schedule, half around its middle."
     middle = np.clip(rng.normal(450, 180, n), 0, 999)
@@ -102,7 +102,7 @@ class DiffusionLoss:
         loss = F.mse_loss(self.model(self.noise.add_noise(z, e, t), t, ids), self.noise.get_velocity(z, e, t))
         return loss, dict(loss=loss.item())
 
-# %% ../../nbs/mini/40_unet.ipynb #babdda38
+# %% ../../nbs/mini/40_unet.ipynb #b7c60f09
 def train_unet(
     folder, pool, vae,         # checkpoint and log; the pre-training pool; a trained autoencoder
     minutes: float = None, steps: int = None,   # the budget
@@ -124,7 +124,7 @@ def train_unet(
     model.load_state_dict(fit(model, DiffusionLoss(model, latents, batch), folder, rate, batch, minutes, steps))
     return model.eval()
 
-# %% ../../nbs/mini/40_unet.ipynb #ae6e3ddf
+# %% ../../nbs/mini/40_unet.ipynb #832feb5c
 def ship_sd(model, vae, folder):
     "Write a `StableDiffusionPipeline` folder in half precision."
     from copy import deepcopy
@@ -135,7 +135,7 @@ def ship_sd(model, vae, folder):
                                    requires_safety_checker=False)
     pipe.save_pretrained(folder, safe_serialization=True)
 
-# %% ../../nbs/mini/40_unet.ipynb #26a43d10
+# %% ../../nbs/mini/40_unet.ipynb #c27a8b39
 @call_parse
 def main(
     folder: str,           # checkpoint, log and, in the end, the folder `pipeline`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['new_vae', 'vae_loss', 'Crops', 'latent_scale', 'train_vae', 'main']
 
-# %% ../../nbs/mini/30_vae.ipynb #f9e5c126
+# %% ../../nbs/mini/30_vae.ipynb #6a0eb88f
 import os
 from pathlib import Path
 import numpy as np
@@ -14,7 +14,7 @@ from fastcore.script import call_parse
 from .pool import read_pool
 from .training import fit, rank, read_log, started
 
-# %% ../../nbs/mini/30_vae.ipynb #323dd1b0
+# %% ../../nbs/mini/30_vae.ipynb #b1229960
 def new_vae():
     "The mini autoencoder with random weights: (B, 3, 96, 96) <-> (B, 16, 12, 12)."
     from diffusers import AutoencoderKL
@@ -22,7 +22,7 @@ def new_vae():
     return AutoencoderKL(in_channels=3, out_channels=3, down_block_types=down, up_block_types=up, block_out_channels=(12, 24, 48, 64), layers_per_block=1,
                          latent_channels=16, norm_num_groups=4, sample_size=96, mid_block_add_attention=False, force_upcast=False)
 
-# %% ../../nbs/mini/30_vae.ipynb #41c63d6a
+# %% ../../nbs/mini/30_vae.ipynb #c9824396
 def vae_loss(
     vae, x,               # the model; images (B, 3, H, W) in [-1, 1]
     kl_weight=2e-5,       # per latent number
@@ -35,7 +35,7 @@ def vae_loss(
     kl = q.kl().mean() / q.mean[0].numel()
     return pixels + .5 * edges + kl_weight * kl, dict(pixels=pixels.item(), edges=edges.item(), kl=kl.item())
 
-# %% ../../nbs/mini/30_vae.ipynb #7ec31064
+# %% ../../nbs/mini/30_vae.ipynb #b8c29a68
 class Crops:
     "Random crops and flips of both pools, half and half."
     def __init__(self, pool, batch=8, size=48, seed=0, device="cpu"):
@@ -52,7 +52,7 @@ class Crops:
             out.append(crop[:, ::-1] if self.rng.random() < .5 else crop)
         return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
 
-# %% ../../nbs/mini/30_vae.ipynb #baa11498
+# %% ../../nbs/mini/30_vae.ipynb #13b86681
 def latent_scale(vae, images):
     "One over the standard deviation of the latents of images (B, 3, H, W) in [-1, 1]."
     with torch.no_grad(): return 1 / vae.encode(images).latent_dist.mean.std().item()
@@ -75,7 +75,7 @@ def train_vae(
     vae.register_to_config(scaling_factor=latent_scale(vae.eval(), Crops(pool, 64, 96, 0, device)()))
     return vae
 
-# %% ../../nbs/mini/30_vae.ipynb #3351e749
+# %% ../../nbs/mini/30_vae.ipynb #5aa95048
 @call_parse
 def main(
     folder: str,           # checkpoint, log and, in the end, the folder `vae`
