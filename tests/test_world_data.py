@@ -107,7 +107,7 @@ def test_broken_voc_folders_are_refused(voc):
     with pytest.raises(ValueError, match="this folder has train"): VOC(voc, "trainaug")
     for f in os.listdir(voc / "SegmentationClass"): (voc / "SegmentationClass" / f).unlink()
     (voc / "SegmentationClass").rmdir()
-    with pytest.raises(ValueError, match="no folder SegmentationClass.*get VOC"): VOC(voc, "train")
+    with pytest.raises(ValueError, match="no folder SegmentationClass.*diclip_data voc"): VOC(voc, "train")
     with pytest.raises(ValueError, match="no folder JPEGImages"): VOC(voc / "elsewhere", "train")
     with pytest.raises(ValueError, match="pass --data ROOT"): open_dataset(profile("voc"), "train")
 
