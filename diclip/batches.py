@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from .augment import augment
+from .data import multi_hot
 
 # %% ../nbs/62_batches.ipynb #9d2cc387
 class Order:
@@ -61,9 +62,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, k):
         p, (index, sample, skipped) = self.profile, self.read(k)
         image, valid, mask = augment(sample.image, np.random.default_rng((self.seed, k)), p.crop, p.long_side, p.rescale, p.flip, sample.mask)
-        labels = torch.zeros(len(p.classes), dtype=torch.bool)
-        labels[list(sample.labels)] = True
-        return dict(index=index, image=image, valid=valid, labels=labels, mask=torch.full(valid.shape, 255) if mask is None else mask.long(), skipped=skipped)
+        return dict(index=index, image=image, valid=valid, labels=multi_hot([sample], len(p.classes))[0], mask=torch.full(valid.shape, 255) if mask is None else mask.long(), skipped=skipped)
 
 # %% ../nbs/62_batches.ipynb #61f1da21
 def collate(items: list) -> dict:

@@ -66,11 +66,10 @@ def diclip_repro(
     if cache_images not in ("generated", "rendered"): raise ValueError(f"cache_images={cache_images!r}: choose generated or rendered")
     if cache_images == "rendered" and not set(p.classes) <= set(CLASSES): raise ValueError(f"cache_images='rendered' draws {', '.join(CLASSES)} only: choose generated")
     for s in ("train", split): open_dataset(p, s, data or None)      # complain about the data now, not in the middle of the notebook
-    record = run_notebook("components", out, profile=profile, data=str(Path(data).resolve()) if data else "", device=device, n_train=n_train, n_val=n_val,
-                          split=split, seeds=seeds, per_class=per_class, remake_pool=remake_pool, cache_images=cache_images)
+    both = dict(profile=profile, data=str(Path(data).resolve()) if data else "", device=device, n_val=n_val, seeds=seeds)
+    record = run_notebook("components", out, **both, n_train=n_train, split=split, per_class=per_class, remake_pool=remake_pool, cache_images=cache_images)
     print("\n" + record["table"] + "\n")
     if not no_train:
-        trained = run_notebook("training", out, profile=profile, data=str(Path(data).resolve()) if data else "", device=device, n_train=n_heads, n_choose=min(n_train, n_heads),
-                               n_val=n_val, split="val", seeds=seeds, controls=controls)
+        trained = run_notebook("training", out, **both, n_train=n_heads, n_choose=min(n_train, n_heads), split="val", controls=controls)
         print("\n" + trained["table"] + "\n")
     print(f"{(time.time() - start) / 60:.1f} minutes. Records, executed notebooks and reports: {out}/*.json, *.ipynb, *.html")

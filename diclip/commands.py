@@ -81,6 +81,12 @@ def diclip_cache(
         cache.save(Path(out) / "cache.safetensors")
     print(f"{len(cache)} pairs of {len(m.profile.classes)} classes: {out}/cache.safetensors")
 
+# %% ../nbs/67_commands.ipynb #acc3l001
+def _accelerator(device, precision):
+    "One process or, started by accelerate launch, one of several."
+    from accelerate import Accelerator
+    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+
 # %% ../nbs/67_commands.ipynb #f4726d37
 @call_parse
 def diclip_train(
@@ -114,11 +120,6 @@ def diclip_train(
         log = m.fit(samples, out, not no_adapter, seed, "skip" if skip_damaged else "stop", a, a.is_main_process, resume=resume, workers=workers)
         if a.is_main_process: m.save_pretrained(Path(out) / "model")
     a.print(f"{len(samples)} images, labels given, masks not used; {p.iterations} iterations of {p.batch}; last losses {log[-1]}; model: {out}/model")
-
-def _accelerator(device, precision):
-    "One process or, started by accelerate launch, one of several."
-    from accelerate import Accelerator
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
 # %% ../nbs/67_commands.ipynb #8d15029c
 @call_parse

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VOC_FOLDERS', 'VOC_HELP', 'Sample', 'to_rgb', 'read_image', 'batch_images', 'multi_hot', 'MiniWorld', 'palette',
-           'export_voc', 'VOC', 'open_dataset']
+           'palette_image', 'export_voc', 'VOC', 'open_dataset']
 
 # %% ../nbs/02_data.ipynb #c9539a8d
 import os
@@ -113,6 +113,12 @@ def palette(n=256) -> np.ndarray:
     bits = (index[:, :, None] >> np.arange(3)) & 1                               # (n, 8, 3)
     return (bits * (128 >> np.arange(8))[None, :, None]).sum(1).astype(np.uint8)
 
+def palette_image(mask: np.ndarray) -> Image.Image:
+    "A mask (H, W) uint8 as a palette image in VOC's colors: its pixels stay class ids."
+    image = Image.fromarray(mask)
+    image.putpalette(palette().flatten().tolist())
+    return image
+
 # %% ../nbs/02_data.ipynb #12291956
 def export_voc(
     samples,             # samples with masks
@@ -125,8 +131,7 @@ def export_voc(
     for f in VOC_FOLDERS: (root / f).mkdir(parents=True, exist_ok=True)
     for s in samples:
         Image.fromarray(s.image).save(root / "JPEGImages" / f"{s.id}.jpg", quality=95)
-        mask = Image.fromarray(s.mask, "P"); mask.putpalette(palette().flatten().tolist())
-        mask.save(root / "SegmentationClass" / f"{s.id}.png")
+        palette_image(s.mask).save(root / "SegmentationClass" / f"{s.id}.png")
         (root / "Annotations" / f"{s.id}.xml").write_text(_annotation(s, classes))
     (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(s.id for s in samples) + "\n")
     return root

@@ -7,7 +7,7 @@ __all__ = ['THRESHOLDS', 'by_size', 'choose_threshold', 'score', 'center_prior',
            'save_record']
 
 # %% ../nbs/65_experiment.ipynb #b3514280
-import json, os, platform, subprocess
+import json, platform, subprocess
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .cam import resize_maps
+from .files import write_atomic
 from .metrics import ConfusionMatrix, cam_confusion, mean_score, threshold_matrices
 
 # %% ../nbs/65_experiment.ipynb #559b7625
@@ -98,8 +99,4 @@ def environment(device="cpu") -> dict:
 
 def save_record(path, **record) -> Path:
     "Write a JSON record atomically."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    os.replace(beside, path)
-    return path
+    return write_atomic(path, lambda p: p.write_text(json.dumps(record, indent=1, default=str) + "\n"))

@@ -8,11 +8,11 @@ __all__ = ['image_seed', 'generate_pool', 'read_pool', 'profile_pool']
 # %% ../nbs/05_imagepool.ipynb #63854186
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from .files import write_atomic
 
 # %% ../nbs/05_imagepool.ipynb #22626dd1
 def image_seed(
@@ -22,14 +22,6 @@ def image_seed(
 ) -> int:        # in [0, 2**48)
     "A seed of its own for every image, whatever the other classes and their order."
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()[:6], "big")
-
-# %% ../nbs/05_imagepool.ipynb #ef88509f
-def _write(path, save):
-    "Let `save` write under a temporary name, then rename."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    os.replace(temporary, path)
 
 # %% ../nbs/05_imagepool.ipynb #167803c4
 def _complete(path, size):
@@ -62,7 +54,7 @@ def _open_pool(folder, settings):
         settings = {**settings, "words": {**old["words"], **settings["words"]}}
     elif any(folder.glob("*/*.png")):
         raise ValueError(f"The folder {folder.name} holds images but no pool.json, so nobody knows how they were made: use a new folder.")
-    _write(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
+    write_atomic(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
 
 # %% ../nbs/05_imagepool.ipynb #121e374d
 def generate_pool(
@@ -86,7 +78,7 @@ def generate_pool(
         for part in (todo[i:i+batch] for i in range(0, len(todo), batch)):
             prompts, seeds = [prompt.replace("{category}", words[c]) for c, _ in part], [image_seed(seed, *key) for key in part]
             drawn = sd.generate(prompts, seeds, steps=steps, guidance=guidance, size=size)
-            for key, x in zip(part, drawn): _write(paths[key], lambda p: Image.fromarray(x).save(p, "PNG"))
+            for key, x in zip(part, drawn): write_atomic(paths[key], lambda p: Image.fromarray(x).save(p, "PNG"))
             bar.update(len(part))
     return {c: [paths[c, i] for i in range(per_class)] for c in words}
 

@@ -20,14 +20,13 @@ from .clip import load_clip
 from .crf import dense_crf
 from .config import PROFILES, Profile, profile as get_profile
 from .data import Sample, batch_images, read_image, to_rgb
-from .head import HEADS
 from .imagepool import profile_pool
 from .infer import segment_scores
 from .keys import refine, vce_features
 from .retrieval import Adapter, cache_cam, dynamic_cam, static_cam
 from .sd import load_sd
 from .supervision import Frozen, augmented, precompute, store_targets
-from .train import Learner, Student, new_student, train
+from .train import Learner, Student, new_head, new_student, train
 from .vce import fuse_attention
 
 # %% ../nbs/64_model.ipynb #a4b357f2
@@ -195,6 +194,7 @@ def fit(
     "Train head and adapter on image-level labels, (14) and (15). Raises ValueError as `train` does."
     if self.cache is None: self.build_cache(folder, progress)
     p, frozen = self.profile, Frozen(self.clip, self.sd, self.profile, self.cache)
+    if not augmented(p): samples = samples[:]     # each is read once, not once an epoch
     memory = None if augmented(p) else precompute(frozen, samples, device=self.device, progress=progress)
     if memory is not None and not adapter: memory = store_targets(memory, samples, p, progress=progress)
     learner = Learner(new_student(self.clip, p, self.cache if adapter else None, seed=seed).to(self.device), frozen, p, accelerator, memory)
@@ -225,8 +225,7 @@ def _read_settings(folder) -> tuple:
 # %% ../nbs/64_model.ipynb #ad1d8a8d
 def _read_student(folder, clip, profile, adapter):
     "Head and adapter of a saved model."
-    head = HEADS[profile.head](clip.width, clip.depth, len(profile.classes), width=profile.head_width)
-    student = Student(head, None if adapter is None else Adapter(torch.zeros(adapter[0], clip.embed_dim), torch.zeros(adapter), profile.sharpness))
+    student = Student(new_head(clip, profile), None if adapter is None else Adapter(torch.zeros(adapter[0], clip.embed_dim), torch.zeros(adapter), profile.sharpness))
     student.load_state_dict(load_checkpoint(folder)[0])
     return student.eval().to(next(clip.parameters()).device)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from .config import VOC_CLASSES
-from .data import VOC_HELP, palette
-from .index import write_atomic
+from .data import VOC_HELP, palette_image
+from .files import write_atomic
 
 # %% ../nbs/07_sbd.ipynb #21f80b47
 def read_sbd(
@@ -55,12 +55,6 @@ def train_aug_ids(
     return sorted(both - set(_names(lists / "val.txt", VOC_HELP)))
 
 # %% ../nbs/07_sbd.ipynb #71653c7e
-def _write_mask(mask, path):
-    "A mask as a PNG with VOC's palette."
-    picture = Image.fromarray(mask, "P")
-    picture.putpalette(palette().flatten().tolist())
-    write_atomic(path, lambda p: picture.save(p, "PNG"))
-
 def _convert(name, sbd, voc, num_classes):
     "One mask of SBD, compared with its image's size."
     mask, image = read_sbd(sbd / "cls" / f"{name}.mat", num_classes), voc / "JPEGImages" / f"{name}.jpg"
@@ -85,5 +79,5 @@ def sbd_to_voc(
         target, mine = out / f"{name}.png", own / f"{name}.png"
         if target.is_file() and target.stat().st_size: continue
         if mine.is_file(): write_atomic(target, lambda p: shutil.copyfile(mine, p))
-        else: _write_mask(_convert(name, sbd, voc, num_classes), target)
+        else: write_atomic(target, lambda p: palette_image(_convert(name, sbd, voc, num_classes)).save(p, "PNG"))
     return write_atomic(voc / "ImageSets/Segmentation/train_aug.txt", lambda p: p.write_text("\n".join(ids) + "\n"))

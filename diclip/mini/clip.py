@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from ..clip import load_tokenizer, mini_clip
+from ..files import write_atomic
 from .pool import WORDS, named, read_pool
 from .training import fit, read_log, started
 from .vocabulary import corpus, learn_merges, write_open_clip
@@ -137,5 +138,4 @@ def ship_clip(
     folder = Path(folder)
     state = {k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.cpu() for k, v in model.state_dict().items() if not k.startswith("word_")}
     (folder / "open_clip_config.json").write_text(json.dumps(clip_config(model.token_embedding.num_embeddings), indent=1))
-    save_file(state, folder / "model.tmp", metadata=dict(format="pt"))
-    os.replace(folder / "model.tmp", folder / "open_clip_model.safetensors")
+    write_atomic(folder / "open_clip_model.safetensors", lambda p: save_file(state, p, metadata=dict(format="pt")))

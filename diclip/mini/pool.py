@@ -6,11 +6,12 @@
 __all__ = ['WORDS', 'pool_item', 'write_chunk', 'write_pool', 'read_pool', 'named']
 
 # %% ../../nbs/mini/10_pool.ipynb #1c76eb02
-import json, os
+import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import numpy as np
 from ..config import PROMPT
+from ..files import replacing, write_atomic
 from ..world import BACKGROUNDS, CLASSES, caption, render
 
 # %% ../../nbs/mini/10_pool.ipynb #fc7c697e
@@ -32,12 +33,9 @@ def write_chunk(folder, kind, number, size=2000):
     "Render one chunk unless it is there already."
     stem = Path(folder) / f"{kind}_{number:03d}"
     if stem.with_suffix(".json").exists(): return stem
-    stem.parent.mkdir(parents=True, exist_ok=True)
     images, captions = zip(*(pool_item(kind, number * size + i) for i in range(size)))
-    with open(f"{stem}.npy.tmp", "wb") as f: np.save(f, np.stack(images))
-    os.replace(f"{stem}.npy.tmp", f"{stem}.npy")
-    Path(f"{stem}.json.tmp").write_text(json.dumps(captions))
-    os.replace(f"{stem}.json.tmp", f"{stem}.json")
+    with replacing(f"{stem}.npy") as part, open(part, "wb") as f: np.save(f, np.stack(images))
+    write_atomic(f"{stem}.json", lambda p: p.write_text(json.dumps(captions)))
     return stem
 
 def write_pool(
