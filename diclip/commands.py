@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['image_files', 'complaints', 'diclip_cam', 'diclip_cache', 'diclip_train', 'diclip_segment', 'diclip_eval']
 
-# %% ../nbs/67_commands.ipynb #40e5d5e1
+# %% ../nbs/67_commands.ipynb #dd51eb87
 import os
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.script import Param, call_parse
 
-# %% ../nbs/67_commands.ipynb #ea63be64
+# %% ../nbs/67_commands.ipynb #442aacad
 def image_files(paths) -> list:
     "Image files among files and folders. Raises ValueError for a path that is not there or a folder without images."
     from diclip.output import list_images
@@ -27,7 +27,7 @@ def complaints():
     try: yield
     except (ValueError, FileNotFoundError) as e: raise SystemExit(f"error: {e}") from None
 
-# %% ../nbs/67_commands.ipynb #58392e7b
+# %% ../nbs/67_commands.ipynb #cd4cb4a0
 def _cam(files, classes, model, out, gamma):
     "Maps, label images and overlays of files."
     import torch
@@ -45,7 +45,7 @@ def _cam(files, classes, model, out, gamma):
         ids = table[pseudo_labels(maps[None], gamma=gamma)[0]]
         save_label(ids, out / f"{f.stem}.png"); overlay_png(image, ids, out / f"{f.stem}_overlay.png")
 
-# %% ../nbs/67_commands.ipynb #53209c50
+# %% ../nbs/67_commands.ipynb #f1d4f80e
 @call_parse
 def diclip_cam(
     images: Param("image files or folders", str, nargs="+"),
@@ -62,10 +62,10 @@ def diclip_cam(
     with complaints():
         files = image_files(images)
         m = DiCLIP.from_pretrained(model, device=device, cache=cache or None)
-        _cam(files, names, m, Path(out), gamma or m.profile.gamma)
+        _cam(files, names, m, Path(out), gamma or (m.profile.dynamic_gamma if m.student is not None and m.student.adapter is not None else m.profile.gamma))
     print(f"{len(files)} images, labels given ({', '.join(names)}): {out}")
 
-# %% ../nbs/67_commands.ipynb #8076a52d
+# %% ../nbs/67_commands.ipynb #c4a0c856
 @call_parse
 def diclip_cache(
     out: str = "runs/cache",    # folder for cache.safetensors and, on the way, images and pooled features
@@ -81,13 +81,13 @@ def diclip_cache(
         cache.save(Path(out) / "cache.safetensors")
     print(f"{len(cache)} pairs of {len(m.profile.classes)} classes: {out}/cache.safetensors")
 
-# %% ../nbs/67_commands.ipynb #acc3l001
+# %% ../nbs/67_commands.ipynb #cdbb596d
 def _accelerator(device, precision):
     "One process or, started by accelerate launch, one of several."
     from accelerate import Accelerator
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
-# %% ../nbs/67_commands.ipynb #f4726d37
+# %% ../nbs/67_commands.ipynb #b29baccb
 @call_parse
 def diclip_train(
     profile: str = "mini",      # "mini", "voc" or "coco"
@@ -110,8 +110,10 @@ def diclip_train(
     from diclip.coco import open_any
     from diclip.config import profile as get_profile
     from diclip.model import DiCLIP
+    from diclip.train import check_folder
     changes, a = dict(iterations=iterations, head=head), _accelerator(device, precision)
     with complaints():
+        check_folder(out, resume)
         p = get_profile(profile, **{k: v for k, v in changes.items() if v})
         samples = open_any(p, split, data or None, n or None)
         m = DiCLIP.from_pretrained(p, device=str(a.device), cache=cache or None)
@@ -121,7 +123,7 @@ def diclip_train(
         if a.is_main_process: m.save_pretrained(Path(out) / "model")
     a.print(f"{len(samples)} images, labels given, masks not used; {p.iterations} iterations of {p.batch}; last losses {log[-1]}; model: {out}/model")
 
-# %% ../nbs/67_commands.ipynb #8d15029c
+# %% ../nbs/67_commands.ipynb #a1fcf997
 @call_parse
 def diclip_segment(
     images: Param("image files or folders", str, nargs="+"),
@@ -147,7 +149,7 @@ def diclip_segment(
         if archive: submission(found, archive, classes=len(m.profile.classes))
     print(f"{run.report()}, labels not given, {'one scale' if one_scale else 'scales ' + '/'.join(map(str, m.profile.scales)) + ', flip'}, {'CRF' if crf else 'no CRF'}: {out}")
 
-# %% ../nbs/67_commands.ipynb #a86f9c10
+# %% ../nbs/67_commands.ipynb #8da99e2f
 @call_parse
 def diclip_eval(
     model: str = "runs/train/model",   # folder that diclip_train wrote

@@ -6,14 +6,14 @@
 __all__ = ['PROMPT', 'VOC_CLASSES', 'BACKGROUND_WORDS', 'VOC', 'COCO_CLASSES', 'COCO', 'MINI_CLASSES', 'MINI', 'PROFILES',
            'Profile', 'profile']
 
-# %% ../nbs/00_config.ipynb #39c7c061
+# %% ../nbs/00_config.ipynb #279e9dc4
 from dataclasses import dataclass, fields, replace
 
-# %% ../nbs/00_config.ipynb #12c39d8d
+# %% ../nbs/00_config.ipynb #bb0c4197
 PROMPT = ("a realistic photograph of a fully visible, entire {category} with natural colors, centered in the image, with a clear and distinct background, "
           "high color contrast, and the {category} not occupying the entire frame, ensuring it is completely visible without cropping.")
 
-# %% ../nbs/00_config.ipynb #ca95960c
+# %% ../nbs/00_config.ipynb #f092e7d8
 @dataclass(frozen=True)
 class Profile:
     "Everything that DiCLIP needs to know about a data set and a pair of models."
@@ -52,8 +52,11 @@ class Profile:
     centroids: int = 10                  # foreground keys a class (9) (Table VI e)
     background_centroids: int = 1        # background keys a class (Table VI f: 220 = 20 * 10 + 20)
     # D. retrieval
-    beta: float = .5                     # cache weight (11)(13) (Table VI g)
+    beta: float = .5                     # weight of the cache in (11) (Table VI g)
     gamma: float = 1.                    # background score (1 - max M)^gamma (family)
+    dynamic_votes: str = "softmax"       # how the adapter's votes are read in (13): "softmax", "margin", "raw" (chosen, experiments/adapter)
+    dynamic_beta: float = .5             # weight of the adapter in (13) (Table VI g)
+    dynamic_gamma: float = 1.            # of the labels that the dynamic CAM makes (family)
     thresholds: tuple | None = None      # (low, high) in the place of the background score (logs: .25, .7)
     par_dilations: tuple = (1, 2, 4, 8, 12, 24)  # pixels; () leaves pixel-adaptive refinement out (AFA)
     par_rounds: int = 20                 # of the refinement (AFA)
@@ -89,7 +92,7 @@ class Profile:
         "(h, w), CLIP's patch grid at the profile's crop."
         return (self.crop // self.patch,) * 2
 
-# %% ../nbs/00_config.ipynb #f850b553
+# %% ../nbs/00_config.ipynb #24718a65
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
                "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 _RENAMED = {"bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tvmonitor": "tvmonitor screen"}
@@ -97,7 +100,7 @@ BACKGROUND_WORDS = ("ground", "land", "grass", "tree", "building", "wall", "sky"
                     "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley", "bridge", "sign")
 VOC = Profile("voc", VOC_CLASSES, tuple(_RENAMED.get(c, c) for c in VOC_CLASSES), BACKGROUND_WORDS)
 
-# %% ../nbs/00_config.ipynb #2a678b6d
+# %% ../nbs/00_config.ipynb #efb6ffa7
 COCO_CLASSES = tuple("""person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,
 sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,
 tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,
@@ -106,7 +109,7 @@ dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,to
 COCO = Profile("coco", COCO_CLASSES, COCO_CLASSES, BACKGROUND_WORDS, centroids=5,
                iterations=100_000, rate=1e-3, warmup=200)   # (log)
 
-# %% ../nbs/00_config.ipynb #4fdd2db4
+# %% ../nbs/00_config.ipynb #6c3a0be4
 MINI_CLASSES = ("boat", "plane", "bird", "car", "train", "cat", "bottle", "chair")
 MINI = Profile("mini", MINI_CLASSES, MINI_CLASSES, ("water", "sky", "road", "rails", "indoor", "grass"), ("a photo of a {}",),
                clip="weights/mini_clip", clip_weights="", sd="weights/mini_sd", sd_alternatives=(), crop=96, patch=8, size=96,
@@ -114,7 +117,7 @@ MINI = Profile("mini", MINI_CLASSES, MINI_CLASSES, ("water", "sky", "road", "rai
                readout="surgery", layers=6, alpha=4.,  # experiments/choices: this CLIP keeps its class evidence in early layers
                mask_threshold=.8,       # 39_keys: 0.5 to 0.8 do equally well
                steps=25,                # half the steps: half the time (chosen)
-               gamma=.3,                # a threshold of 0.7, which experiments/components finds on train
+               gamma=.5, dynamic_beta=2., dynamic_gamma=1.4,   # experiments/adapter
                par_dilations=(1, 2, 4), par_rounds=10,   # 62_supervision: larger ones reach across these small scenes
                head_width=64, iterations=300, batch=16, warmup=20, prompts=20,   # small images and models: minutes instead of hours
                long_side=None, rescale=None, flip=False,   # scenes already have the crop's size
@@ -122,7 +125,7 @@ MINI = Profile("mini", MINI_CLASSES, MINI_CLASSES, ("water", "sky", "road", "rai
 
 PROFILES = {p.name: p for p in (MINI, VOC, COCO)}
 
-# %% ../nbs/00_config.ipynb #d6273403
+# %% ../nbs/00_config.ipynb #24429629
 def profile(
     name: str = "mini",     # "mini", "voc" or "coco"
     **overrides,            # settings to change, e.g. rounds=0

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['to_numpy', 'grid', 'overlay', 'mask_rgb', 'group_rgb', 'curves', 'bars', 'table']
 
-# %% ../nbs/03_plot.ipynb #1d23c7b0
+# %% ../nbs/03_plot.ipynb #d989ed09
 import numpy as np
 from .data import palette
 
-# %% ../nbs/03_plot.ipynb #2cae0ab2
+# %% ../nbs/03_plot.ipynb #a41cfb1d
 def to_numpy(x) -> np.ndarray:
     "An array from a tensor or array; (3, H, W) becomes (H, W, 3)."
     if hasattr(x, "detach"): x = x.detach().float().cpu().numpy()
@@ -42,7 +42,7 @@ def grid(
     if suptitle: fig.suptitle(suptitle, fontsize=9)
     plt.show()
 
-# %% ../nbs/03_plot.ipynb #55c0ed54
+# %% ../nbs/03_plot.ipynb #501af435
 def overlay(
     image,            # (H, W, 3) or (3, H, W), uint8 or float in [0, 1]
     map,              # (h, w) in [0, 1], resized bilinearly to the image
@@ -57,7 +57,7 @@ def overlay(
     m = Image.fromarray(to_numpy(map).astype(np.float32)).resize(x.shape[1::-1], Image.BILINEAR)
     return (1 - alpha) * x + alpha * matplotlib.colormaps[cmap](np.asarray(m).clip(0, 1))[..., :3]
 
-# %% ../nbs/03_plot.ipynb #0925cac4
+# %% ../nbs/03_plot.ipynb #c646e10e
 def mask_rgb(mask) -> np.ndarray:
     "A (H, W) mask of class ids as (H, W, 3) uint8 in VOC's palette."
     return palette()[to_numpy(mask).astype(int)]
@@ -67,12 +67,12 @@ def group_rgb(groups) -> np.ndarray:
     import matplotlib
     return matplotlib.colormaps["tab10"](to_numpy(groups).astype(int) % 10)[..., :3]
 
-# %% ../nbs/03_plot.ipynb #3b39ddbf
+# %% ../nbs/03_plot.ipynb #c6334bb3
 def curves(
     lines: dict,      # {label: (x, y)} or {label: (x, y, low, high)}
     xlabel="", ylabel="", title="",
     size=(4, 2.6),    # inches
-    logx=False,
+    logx=False,       # logarithmic x axis, a tick at every x
 ):
     "Draw labelled curves, with bands where bounds are given."
     import matplotlib.pyplot as plt
@@ -81,12 +81,14 @@ def curves(
         line, = ax.plot(x, y, marker="o" if len(x) < 20 else None, ms=3, lw=1.2, label=label)
         if band: ax.fill_between(x, *band, alpha=.2, color=line.get_color(), lw=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if logx: ax.set_xscale("log")
+    if logx:
+        at = sorted({v for x, *_ in lines.values() for v in x})
+        ax.set(xscale="log"); ax.set_xticks(at, [f"{v:g}" for v in at]); ax.minorticks_off()
     ax.grid(alpha=.3)
     if len(lines) > 1: ax.legend(fontsize=7)
     plt.show()
 
-# %% ../nbs/03_plot.ipynb #d3fbfe19
+# %% ../nbs/03_plot.ipynb #fe56b521
 def bars(
     names, values,    # one label and one value a bar
     low=None, high=None,  # interval bounds, one a bar
@@ -103,7 +105,7 @@ def bars(
     ax.invert_yaxis(); ax.grid(axis="x", alpha=.3); ax.set_axisbelow(True)
     plt.show()
 
-# %% ../nbs/03_plot.ipynb #45226842
+# %% ../nbs/03_plot.ipynb #a85e16a9
 def table(
     matrix,           # (R, C) numbers
     rows, cols,       # R and C names

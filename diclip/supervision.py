@@ -6,7 +6,7 @@
 __all__ = ['add_static', 'Frozen', 'pack', 'unpack', 'make_par', 'pixel_labels', 'patch_labels', 'supervising_cam', 'augmented',
            'precompute', 'store_targets']
 
-# %% ../nbs/62_supervision.ipynb #c240f267
+# %% ../nbs/62_supervision.ipynb #6809e25d
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +17,7 @@ from .keys import vce_features
 from .labels import PAR, pseudo_labels, refine_labels
 from .retrieval import cache_cam, dynamic_cam, static_cam
 
-# %% ../nbs/62_supervision.ipynb #ccfb4f38
+# %% ../nbs/62_supervision.ipynb #d2e5d813
 def add_static(
     f: dict,          # with features (B, N, d) and cam (B, C, N)
     labels: Tensor,   # (B, C) bool
@@ -51,7 +51,7 @@ class Frozen:
         maps = self.clip.dense(images, keep=("attention",)).attention
         return torch.stack([A.float().mean(1)[:, 1:, 1:] for A in maps]).mean(0)
 
-# %% ../nbs/62_supervision.ipynb #24a9ff9d
+# %% ../nbs/62_supervision.ipynb #5aa7adc6
 def pack(
     maps: Tensor,     # (B, C, N), zero for absent classes
     labels: Tensor,   # (B, C) bool
@@ -70,7 +70,7 @@ def unpack(
     table[:, 0], table[:, 1:index.shape[1] + 1] = 0, index + 1
     return table.gather(1, target.flatten(1)).view(target.shape)
 
-# %% ../nbs/62_supervision.ipynb #491b472d
+# %% ../nbs/62_supervision.ipynb #34c19461
 def make_par(profile):
     "The refinement of a profile; None where it has no dilations."
     return PAR(profile.par_dilations, profile.par_rounds) if profile.par_dilations else None
@@ -84,16 +84,17 @@ def pixel_labels(
     par=None,         # `make_par(profile)`
     valid=None,       # (B, H, W) bool; False where a crop was padded
     attention=None,   # (B, N, N), for the affinity switch
+    gamma=None,       # power of the background score; None: the profile's
 ) -> Tensor:          # (B, H, W) int64: 0 background, c + 1 = class c, 255 ignored
     "Pseudo-labels that supervise the head, (15)."
     small, index = pack(maps if attention is None else affinity_refine(maps, attention, grid), labels)
     large = resize_maps(small, grid, images.shape[-2:]).clamp(0, 1)
-    low, high = profile.thresholds or (None, None)
-    found = pseudo_labels(large, low, high, profile.gamma) if par is None else refine_labels(images, large, par, low, high, profile.gamma)
+    how = (*(profile.thresholds or (None, None)), gamma or profile.gamma)
+    found = pseudo_labels(large, *how) if par is None else refine_labels(images, large, par, *how)
     out = unpack(found, index)
     return out if valid is None else out.masked_fill(~valid, 255)
 
-# %% ../nbs/62_supervision.ipynb #0c0ff803
+# %% ../nbs/62_supervision.ipynb #fbb93592
 def patch_labels(
     maps: Tensor,     # (B, C, N) static CAMs
     grid: tuple,      # (h, w)
@@ -105,17 +106,17 @@ def patch_labels(
     if valid is None: return out
     return out.masked_fill(F.adaptive_avg_pool2d(valid[:, None].float(), grid).flatten(1) < .5, 255)
 
-# %% ../nbs/62_supervision.ipynb #c07ea90d
+# %% ../nbs/62_supervision.ipynb #f2abc7ca
 def supervising_cam(
     f: dict,                # from `Frozen`
     labels: Tensor,         # (B, C) bool
     votes: Tensor = None,   # (B, N, C + 1) of the adapter, if there is one
-    beta: float = .5,       # weight of the votes (Table VI g)
+    profile=None,           # `Profile`: weight and reading of the votes; needed with votes only
 ) -> Tensor:                # (B, C, N) in [0, 1]
     "M_dyn (13) with an adapter's votes, M_static (11) without, which is M_vce (1) where there is no cache."
-    return f["static"] if votes is None else dynamic_cam(f["cam"], votes.detach(), beta, labels)
+    return f["static"] if votes is None else dynamic_cam(f["cam"], votes.detach(), profile.dynamic_beta, labels, profile.dynamic_votes)
 
-# %% ../nbs/62_supervision.ipynb #8cd3bbff
+# %% ../nbs/62_supervision.ipynb #caa7222c
 def augmented(profile) -> bool:
     "Does an image look different each time it is drawn?"
     return bool(profile.long_side or profile.rescale or profile.flip)
@@ -137,7 +138,7 @@ def precompute(
         parts.append({k: v.half().cpu() if k == "tokens" else v.cpu() for k, v in frozen(x.to(device), y.to(device)).items()})
     return {k: torch.cat([q[k] for q in parts]) for k in parts[0]}
 
-# %% ../nbs/62_supervision.ipynb #d995fc0d
+# %% ../nbs/62_supervision.ipynb #65e9703a
 def store_targets(
     memory: dict,          # from `precompute`
     samples,               # the same images

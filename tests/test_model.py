@@ -107,3 +107,60 @@ def test_true_topologies_at_random_weights_and_voc_settings(tmp_path):
     assert all(a.shape == (1, 400, 400) for a in A.values())
     M = model.cams([image], [["boat", "person"]])[0]
     assert M.shape == (2, 60, 90) and M.isfinite().all() and 0 <= M.min() and M.max() <= 1
+
+
+def test_cams_of_several_views(mini, scenes):
+    n = names(mini, scenes)
+    plain, views = mini.cams(scenes, n), mini.cams(scenes, n, scales=(.5, 1., 1.5), flip=True)
+    for a, b in zip(plain, views):
+        assert a.shape == b.shape and 0 <= b.min() and b.max() <= 1 and (a - b).abs().max() > .01
+    mirrored = mini.cams([np.ascontiguousarray(s.image[:, ::-1]) for s in scenes], n, scales=(1.,), flip=True)
+    for a, b in zip(mini.cams(scenes, n, scales=(1.,), flip=True), mirrored): assert (a - b.flip(-1)).abs().mean() < .02   # k-means and noise are not mirrored
+    with pytest.raises(ValueError, match="give one or more numbers above 0"): mini.cams(scenes, n, scales=(-1.,))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, scenes):
+    "A trained model in a folder, and the same model in memory."
+    folder, model = tmp_path_factory.mktemp("saved"), DiCLIP.from_pretrained("mini", iterations=2, head_width=32, images_per_class=3, centroids=2, par_rounds=2)
+    model.fit(MiniWorld("train", 16), folder / "training", progress=False)
+    model.save_pretrained(folder / "model")
+    return folder, model
+
+
+def test_a_folder_segments_without_a_diffusion_model(saved, scenes):
+    folder, model = saved
+    again = DiCLIP.from_pretrained(folder / "model", sd="weights/nowhere", sd_alternatives=())
+    assert all(torch.equal(a, b) for a, b in zip(again.segment(scenes), model.segment(scenes))) and again.sd.fingerprint == model.sd.fingerprint
+    with pytest.raises((ValueError, OSError), match="nowhere"): again.cams(scenes, names(again, scenes))
+    whole = DiCLIP.from_pretrained(folder / "model")
+    for a, b in zip(whole.cams(scenes, names(whole, scenes)), model.cams(scenes, names(model, scenes))): torch.testing.assert_close(a, b)
+
+
+def test_the_adapter_reads_only_classes_that_are_named(saved, scenes):
+    _, model = saved
+    n, p = names(model, scenes), model.profile
+    x, _ = model.prepare(scenes)
+    labels = torch.tensor([[c in k for c in p.classes] for k in n])
+    maps = model.maps(x, labels).unflatten(2, p.grid)
+    assert maps[~labels].abs().sum() == 0
+    for M, m, l in zip(model.cams(scenes, [[c for c in p.classes if c in k] for k in n]), maps, labels):
+        torch.testing.assert_close(M, torch.nn.functional.interpolate(m[None, l], (96, 96), mode="bilinear")[0].clamp(0, 1))
+
+
+def test_a_used_folder_is_refused_before_any_work(saved):
+    folder, model = saved
+    model = DiCLIP(model.clip, None, model.profile)             # without a diffusion model it could not even begin
+    with pytest.raises(ValueError, match="pass --resume"): model.fit(MiniWorld("train", 16), folder / "training", progress=False)
+
+
+def test_damaged_images_are_skipped_or_stop_a_training_that_remembers(tmp_path, capsys):
+    from diclip.data import VOC, export_voc
+    export_voc(MiniWorld("train", 12)[:], tmp_path, "train")
+    broken = sorted((tmp_path / "JPEGImages").glob("*.jpg"))[5]
+    broken.write_bytes(broken.read_bytes()[:200])
+    model = DiCLIP.from_pretrained("mini", iterations=2, head_width=32, images_per_class=3, centroids=2, par_rounds=2)
+    data = VOC(tmp_path, "train", classes=model.profile.classes)
+    with pytest.raises(ValueError, match=broken.name): model.fit(data, tmp_path / "stop", progress=False)
+    assert len(model.fit(data, tmp_path / "skip", on_error="skip", progress=False)) == 1
+    assert "skipped 1 damaged" in capsys.readouterr().out

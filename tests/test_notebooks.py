@@ -7,7 +7,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "experiments"} & set(p.parts))
 SMALL = {"components": dict(n_train=24, n_val=24, seeds=1, per_class=12, draws=50), "choices": dict(n_train=10),
-         "training": dict(n_train=24, n_choose=24, n_val=16, seeds=1, iterations=4, draws=50)}
+         "training": dict(n_train=24, n_choose=24, n_val=16, seeds=1, iterations=4, draws=50),
+         "adapter": dict(n_teach=16, n_judge=16, n_choose=16, seeds=1, iterations=4, draws=50)}
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,16 @@ def test_the_committed_training_record_fits_its_experiment():
     assert record["parameters"]["n_val"] == 400 and record["parameters"]["seeds"] >= 3
     assert set(record["results"]) >= {"baseline", "+ VCE", "+ positive cache", "+ negative cache", "+ adapter", "random adapter", "rolled cache + adapter", "masks (supervised)"}
     assert record["models"] == shipped(), "measured with other weights: run it again"
+
+
+def test_the_committed_adapter_record_chose_the_profile():
+    from diclip.config import profile
+    record = json.loads((ROOT / "nbs/results/adapter.json").read_text())
+    p, best = profile("mini"), {n: max(v) for n, v in record["sweep"]["miou"].items()}
+    assert record["models"] == shipped(), "measured with other weights: run it again"
+    assert max(best, key=best.get) == f"dynamic (13), {p.dynamic_votes}"
+    row = record["sweep"]["miou"][f"dynamic (13), {p.dynamic_votes}"]
+    assert row[record["sweep"]["betas"].index(p.dynamic_beta)] >= max(row) - .5
 
 
 def shipped():

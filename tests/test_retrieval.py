@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings, strategies as st
 
 from diclip.cache import Cache, cache_values
-from diclip.retrieval import Adapter, cache_cam, dynamic_cam, retrieve, split_cache_output, static_cam, suppress_background
+from diclip.retrieval import READINGS, Adapter, cache_cam, dynamic_cam, foreground_votes, retrieve, split_cache_output, static_cam, suppress_background
 
 quick = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**16)
@@ -216,13 +216,31 @@ def test_random_adapter_has_the_sizes_of_the_cache_and_not_its_votes():
 
 
 @quick
-@given(seeds, st.floats(0, 4))
-def test_dynamic_cam_is_normalized_and_reads_the_foreground_only(seed, beta):
+@given(seeds, st.floats(0, 4), st.sampled_from(READINGS))
+def test_dynamic_cam_is_normalized_and_reads_votes_as_logits(seed, beta, how):
     vce, votes = torch.rand(2, 3, 9, generator=generator(seed)), torch.randn(2, 9, 4, generator=generator(seed + 1))
-    M = dynamic_cam(vce, votes, beta)
+    M = dynamic_cam(vce, votes, beta, how=how)
     assert M.shape == vce.shape and M.min() >= 0 and M.max() <= 1 + 1e-5
+    offset = torch.randn(2, 9, 1, generator=generator(seed + 2))
+    if how != "raw": torch.testing.assert_close(foreground_votes(votes + offset, how=how), foreground_votes(votes, how=how), rtol=1e-4, atol=1e-5)
     votes[..., -1] += 7
-    torch.testing.assert_close(dynamic_cam(vce, votes, beta), M)
+    if how == "raw": torch.testing.assert_close(dynamic_cam(vce, votes, beta, how=how), M)
+    else: assert (foreground_votes(votes, how=how) < foreground_votes(votes - 7 * F.one_hot(torch.tensor(3), 4), how=how)).all()
+
+
+@quick
+@given(seeds)
+def test_softmax_of_the_votes_leaves_absent_classes_out(seed):
+    votes, labels = torch.randn(2, 9, 4, generator=generator(seed)), torch.tensor([[True, False, True], [False, True, False]])
+    P = foreground_votes(votes, labels)
+    assert P[~labels].abs().sum() == 0 and (P.sum(1) < 1).all()
+    torch.testing.assert_close(P[1, 1], votes[1][:, [1, 3]].softmax(-1)[:, 0])
+    louder = votes + 5 * F.one_hot(torch.tensor(1), 4)                       # class 1 is absent from image 0
+    torch.testing.assert_close(foreground_votes(louder, labels)[0], P[0])
+
+
+def test_an_unknown_reading_is_refused():
+    with pytest.raises(ValueError, match="choose one of softmax, margin, raw"): foreground_votes(torch.zeros(1, 4, 3), how="loud")
 
 
 @pytest.mark.parametrize("how", [dict(prompts=-1), dict(noise=-.1)])

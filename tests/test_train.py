@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from diclip.batches import Order, TrainingSet, batches, positions
+from diclip.batches import Order, TrainingSet, batches, collate, positions
 from diclip.checkpoint import load_checkpoint, save_checkpoint
 from diclip.config import profile
-from diclip.data import MiniWorld, export_voc, VOC
+from diclip.data import MiniWorld, export_voc, palette, VOC
 from diclip.supervision import pack, unpack
 from diclip.train import Learner, read_log, train
 from helper_train import learner_and_data, main
@@ -39,6 +39,27 @@ def test_kill_and_resume_equals_uninterrupted(tmp_path, whole):
     resumed = read_log(tmp_path)
     assert [l["iteration"] for l in resumed] == [l["iteration"] for l in whole] == list(range(1, 25))
     for a, b in zip(resumed, whole): assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_tensorboard_has_the_losses_and_a_panel_with_each_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    log = main(tmp_path, iterations=8)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in board.Images("image, labels, head")] == [4, 8]
+    assert [e.value for e in board.Scalars("seg")] == pytest.approx([l["seg"] for l in log])
+    first = board.Images("image, labels, head")[0]
+    assert (first.height, first.width) == (4 * 96, 3 * 96)
+
+
+def test_a_panel_shows_image_labels_and_segmentation_and_changes_nothing():
+    learner, data = learner_and_data(iterations=2)
+    before = {k: v.clone() for k, v in learner.module.state_dict().items()}
+    batch = collate([data[i] for i in range(4)])
+    panel = learner.panel(batch, most=2)
+    torch.testing.assert_close(panel[:, :96, :96], batch["image"][0])
+    colors = set(map(tuple, (panel[:, :, 96:].flatten(1).T * 255).round().int().tolist()))
+    assert colors <= set(map(tuple, palette(9).tolist())) and learner.student.training
+    assert all(torch.equal(v, before[k]) for k, v in learner.module.state_dict().items())
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
