@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['experiment_notebook', 'run_notebook', 'write_report', 'diclip_repro']
 
-# %% ../nbs/66_cli.ipynb #e089a4f1
+# %% ../nbs/66_cli.ipynb #f796b360
 import json, os, time
 from pathlib import Path
 from fastcore.script import Param, call_parse
 
-# %% ../nbs/66_cli.ipynb #3c70fd22
+# %% ../nbs/66_cli.ipynb #d4caead1
 def experiment_notebook(name: str) -> Path:
     "The path of an experiment notebook. Raises FileNotFoundError outside a clone."
     path = Path(__file__).parent.parent / "nbs/experiments" / f"{name}.ipynb"
@@ -40,7 +40,7 @@ def write_report(notebook) -> Path:
     path.write_text(html, encoding="utf-8")
     return path
 
-# %% ../nbs/66_cli.ipynb #32fc12bd
+# %% ../nbs/66_cli.ipynb #28607676
 @call_parse
 def diclip_repro(
     profile: str = "mini",     # "mini", "voc" or "coco"
@@ -55,21 +55,22 @@ def diclip_repro(
     remake_pool: bool = False, # generate the images anew instead of using those that ship
     cache_images: str = "generated", # "generated", or "rendered": the mini world's own portraits, as a control
     no_train: bool = False,    # stop after the training-free half
-    n_heads: int = 600,        # images of the train split on which segmentation heads are trained
+    train_split: str = "train",# list that segmentation heads are trained on ("train_aug" on VOC with SBD)
+    n_heads: int = 600,        # of its images, the first ones; 0: all
     controls: bool = False,    # also train the controls of the second table: a random adapter, rolled labels, full supervision
 ):
     "Measure CLIP, + VCE, + cache and their controls, then train Table IV; print both beside the paper's numbers, write records and HTML reports"
     from diclip.config import profile as get_profile
-    from diclip.data import open_dataset
+    from diclip.coco import open_any
     from diclip.world import CLASSES
     start, p = time.time(), get_profile(profile)
     if cache_images not in ("generated", "rendered"): raise ValueError(f"cache_images={cache_images!r}: choose generated or rendered")
     if cache_images == "rendered" and not set(p.classes) <= set(CLASSES): raise ValueError(f"cache_images='rendered' draws {', '.join(CLASSES)} only: choose generated")
-    for s in ("train", split): open_dataset(p, s, data or None)      # complain about the data now, not in the middle of the notebook
+    for s in ("train", split, *([] if no_train else [train_split])): open_any(p, s, data or None)      # complain about the data now, not in the middle of the notebook
     both = dict(profile=profile, data=str(Path(data).resolve()) if data else "", device=device, n_val=n_val, seeds=seeds)
     record = run_notebook("components", out, **both, n_train=n_train, split=split, per_class=per_class, remake_pool=remake_pool, cache_images=cache_images)
     print("\n" + record["table"] + "\n")
     if not no_train:
-        trained = run_notebook("training", out, **both, n_train=n_heads, n_choose=min(n_train, n_heads), split="val", controls=controls)
+        trained = run_notebook("training", out, **both, train_split=train_split, n_train=n_heads, n_choose=min(n_train, n_heads or n_train), split="val", controls=controls)
         print("\n" + trained["table"] + "\n")
     print(f"{(time.time() - start) / 60:.1f} minutes. Records, executed notebooks and reports: {out}/*.json, *.ipynb, *.html")

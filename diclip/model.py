@@ -137,6 +137,7 @@ def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:
     if self.student is not None and self.student.adapter is not None: return dynamic_cam(M, self.student.adapter(F), p.dynamic_beta, labels, p.dynamic_votes)
     return M if self.cache is None else static_cam(M, cache_cam(F, self.cache, p.sharpness), p.beta)
 
+# %% ../nbs/64_model.ipynb #f96d8947
 @patch
 def cams(
     self: DiCLIP,
@@ -194,6 +195,7 @@ def readable(samples, on_error="stop") -> list:
     if skipped: print(f"skipped {len(skipped)} damaged images: {'; '.join(skipped[:5])}")
     return kept
 
+# %% ../nbs/64_model.ipynb #9e1d3677
 @patch
 def build_cache(self: DiCLIP, folder, progress=True) -> Cache:
     "Images of the profile (those that ship, or drawn into `folder`/pool) as a cache, (8)-(10); the model uses it from now on."
@@ -201,6 +203,7 @@ def build_cache(self: DiCLIP, folder, progress=True) -> Cache:
     self.use_cache(make_cache(self.clip, self.sd, pool, self.profile, progress=progress, workdir=Path(folder) / "pooled"))
     return self.cache
 
+# %% ../nbs/64_model.ipynb #b24dd6d5
 @patch
 def fit(
     self: DiCLIP,

@@ -238,8 +238,7 @@ def train(
     from tqdm.auto import tqdm
     p, a = learner.profile, learner.accelerator
     check_folder(folder, resume)
-    keep, skipped = settings(learner, data), []
-    first = learner.load(folder, keep)
+    first, skipped = learner.load(folder, keep := settings(learner, data)), []
     log = Log(folder, first, a.is_main_process)
     learner.student.train()
     plan = batches(data, first, p.iterations, a.process_index, a.num_processes, workers)
