@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Order', 'positions', 'TrainingSet', 'collate', 'batches']
 
-# %% ../nbs/62_batches.ipynb #5a666673
+# %% ../nbs/62_batches.ipynb #9ebcbb2e
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from .augment import augment
 from .data import multi_hot
 
-# %% ../nbs/62_batches.ipynb #9d2cc387
+# %% ../nbs/62_batches.ipynb #66145c08
 class Order:
     "Image number at each position of an endless shuffled sequence. Raises ValueError for an empty data set."
     def __init__(self, n: int, seed: int = 0):
@@ -24,7 +24,7 @@ class Order:
         if self._epoch[0] != epoch: self._epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n)
         return int(self._epoch[1][at])
 
-# %% ../nbs/62_batches.ipynb #bedb76d9
+# %% ../nbs/62_batches.ipynb #b9b05900
 def positions(
     iteration: int,      # 0, 1, ...
     batch: int,          # images an iteration and process
@@ -35,7 +35,7 @@ def positions(
     first = (iteration * processes + rank) * batch
     return range(first, first + batch)
 
-# %% ../nbs/62_batches.ipynb #f892c2bc
+# %% ../nbs/62_batches.ipynb #46b1a5da
 class TrainingSet(Dataset):
     "Augmented images by position: dicts of image (3, S, S), labels (C,), valid (S, S), mask (S, S), index and the names of what was skipped."
     def __init__(self,
@@ -64,7 +64,7 @@ class TrainingSet(Dataset):
         image, valid, mask = augment(sample.image, np.random.default_rng((self.seed, k)), p.crop, p.long_side, p.rescale, p.flip, sample.mask)
         return dict(index=index, image=image, valid=valid, labels=multi_hot([sample], len(p.classes))[0], mask=torch.full(valid.shape, 255) if mask is None else mask.long(), skipped=skipped)
 
-# %% ../nbs/62_batches.ipynb #61f1da21
+# %% ../nbs/62_batches.ipynb #52900cb7
 def collate(items: list) -> dict:
     "Items of a `TrainingSet` as one batch."
     batch = {k: torch.stack([i[k] for i in items]) for k in ("image", "valid", "labels", "mask")}

@@ -6,14 +6,14 @@
 __all__ = ['PROMPT', 'VOC_CLASSES', 'BACKGROUND_WORDS', 'VOC', 'COCO_CLASSES', 'COCO', 'MINI_CLASSES', 'MINI', 'PROFILES',
            'Profile', 'profile']
 
-# %% ../nbs/00_config.ipynb #279e9dc4
+# %% ../nbs/00_config.ipynb #80bf0dc5
 from dataclasses import dataclass, fields, replace
 
-# %% ../nbs/00_config.ipynb #bb0c4197
+# %% ../nbs/00_config.ipynb #01846a19
 PROMPT = ("a realistic photograph of a fully visible, entire {category} with natural colors, centered in the image, with a clear and distinct background, "
           "high color contrast, and the {category} not occupying the entire frame, ensuring it is completely visible without cropping.")
 
-# %% ../nbs/00_config.ipynb #f092e7d8
+# %% ../nbs/00_config.ipynb #1a27bd98
 @dataclass(frozen=True)
 class Profile:
     "Everything that DiCLIP needs to know about a data set and a pair of models."
@@ -72,6 +72,7 @@ class Profile:
     warmup: int = 50                     # iterations (log)
     weight_decay: float = .01            # (log)
     cache_weight: float = .1             # lambda of (15) (Table VI h)
+    foreground_weight: float = .5        # of the foreground's part in L_seg, the background has the rest (family: the mean of both)
     affinity_weight: float = 0.          # of the logs' affinity loss, which the paper does not mention (logs: .1)
     long_side: tuple | None = (512, 2048)  # range of the random resize, pixels; None leaves images as they are (family)
     rescale: tuple | None = (.5, 2.)     # range of the random rescale (family)
@@ -92,7 +93,7 @@ class Profile:
         "(h, w), CLIP's patch grid at the profile's crop."
         return (self.crop // self.patch,) * 2
 
-# %% ../nbs/00_config.ipynb #24718a65
+# %% ../nbs/00_config.ipynb #42e788a3
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
                "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 _RENAMED = {"bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tvmonitor": "tvmonitor screen"}
@@ -100,7 +101,7 @@ BACKGROUND_WORDS = ("ground", "land", "grass", "tree", "building", "wall", "sky"
                     "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley", "bridge", "sign")
 VOC = Profile("voc", VOC_CLASSES, tuple(_RENAMED.get(c, c) for c in VOC_CLASSES), BACKGROUND_WORDS)
 
-# %% ../nbs/00_config.ipynb #efb6ffa7
+# %% ../nbs/00_config.ipynb #fa6202d8
 COCO_CLASSES = tuple("""person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,
 sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,
 tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,
@@ -109,7 +110,7 @@ dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,to
 COCO = Profile("coco", COCO_CLASSES, COCO_CLASSES, BACKGROUND_WORDS, centroids=5,
                iterations=100_000, rate=1e-3, warmup=200)   # (log)
 
-# %% ../nbs/00_config.ipynb #6c3a0be4
+# %% ../nbs/00_config.ipynb #023a73cf
 MINI_CLASSES = ("boat", "plane", "bird", "car", "train", "cat", "bottle", "chair")
 MINI = Profile("mini", MINI_CLASSES, MINI_CLASSES, ("water", "sky", "road", "rails", "indoor", "grass"), ("a photo of a {}",),
                clip="weights/mini_clip", clip_weights="", sd="weights/mini_sd", sd_alternatives=(), crop=96, patch=8, size=96,
@@ -119,13 +120,14 @@ MINI = Profile("mini", MINI_CLASSES, MINI_CLASSES, ("water", "sky", "road", "rai
                steps=25,                # half the steps: half the time (chosen)
                gamma=.5, dynamic_beta=2., dynamic_gamma=1.4,   # experiments/adapter
                par_dilations=(1, 2, 4), par_rounds=10,   # 62_supervision: larger ones reach across these small scenes
-               head_width=64, iterations=300, batch=16, warmup=20, prompts=20,   # small images and models: minutes instead of hours
+               head_width=64, iterations=800, rate=1e-3, prompts=20,   # small images and models: minutes instead of hours
+               foreground_weight=.3,    # experiments/adapter: objects fill a tenth of these images, not a quarter
                long_side=None, rescale=None, flip=False,   # scenes already have the crop's size
                scales=(1., 1.5), cam_scales=(1.,), crf_bilateral=(13, 3, 4))   # 63_infer, 63_crf
 
 PROFILES = {p.name: p for p in (MINI, VOC, COCO)}
 
-# %% ../nbs/00_config.ipynb #24429629
+# %% ../nbs/00_config.ipynb #3562f4a9
 def profile(
     name: str = "mini",     # "mini", "voc" or "coco"
     **overrides,            # settings to change, e.g. rounds=0

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['seg_loss', 'cache_loss', 'affinity_loss', 'learning_rate']
 
-# %% ../nbs/60_losses.ipynb #084f2755
+# %% ../nbs/60_losses.ipynb #51e54f30
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/60_losses.ipynb #b37c9496
+# %% ../nbs/60_losses.ipynb #3fab6217
 def seg_loss(
     logits: Tensor,          # (B, K, H, W), background first
     target: Tensor,          # (B, H, W) int: 0 background, 1 to K - 1 classes, `ignore`
     ignore: int = 255,       # label that counts nowhere
     average=None,            # function that averages a tensor over all processes; None for one process
+    foreground: float = .5,  # weight of the foreground's part, 0 to 1; the background has the rest
 ) -> Tensor:                 # scalar; a part without pixels counts 0
-    "L_seg of (15): the mean of the foreground and the background cross-entropy. Raises ValueError for shapes that do not fit and labels that do not exist."
+    "L_seg of (15): the mean of the foreground and the background cross-entropy. Raises ValueError for shapes that do not fit, labels that do not exist and a weight outside 0 to 1."
+    if not 0 <= foreground <= 1: raise ValueError(f"foreground {foreground} is no weight: give a number from 0 to 1, .5 for the mean of both parts")
     if logits.ndim != 4 or target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not fit: give (B, K, H, W) and (B, H, W), resize the logits first")
     known = target[target != ignore]
@@ -27,9 +29,10 @@ def seg_loss(
     parts = torch.stack([target == 0, (target > 0) & (target != ignore)]).to(loss.dtype)
     counts = parts.sum((1, 2, 3))
     if average is not None: counts = average(counts)
-    return ((parts * loss).sum((1, 2, 3)) / counts.clamp_min(torch.finfo(loss.dtype).tiny)).mean()
+    means = (parts * loss).sum((1, 2, 3)) / counts.clamp_min(torch.finfo(loss.dtype).tiny)
+    return (1 - foreground) * means[0] + foreground * means[1]
 
-# %% ../nbs/60_losses.ipynb #a6dac598
+# %% ../nbs/60_losses.ipynb #bd88c9ef
 def cache_loss(
     votes: Tensor,      # (B, N, C + 1) raw output of the adapter, the background last
     target: Tensor,     # (B, N) int: 0 background, c + 1 = class c, 255 ignored
@@ -43,7 +46,7 @@ def cache_loss(
     if average is not None: count = average(count)
     return total / count.clamp_min(1 / target.numel())
 
-# %% ../nbs/60_losses.ipynb #36f75a4b
+# %% ../nbs/60_losses.ipynb #acbf4937
 def affinity_loss(
     features: Tensor,   # (B, D, h, w) of the head
     target: Tensor,     # (B, h, w) int, 255 ignored
@@ -59,7 +62,7 @@ def affinity_loss(
     mean = lambda x, where: (x * where).sum() / where.sum().clamp_min(1)
     return (mean(1 - A, known & same) + mean(A, known & ~same)) / 2
 
-# %% ../nbs/60_losses.ipynb #756ae77d
+# %% ../nbs/60_losses.ipynb #a661ab5f
 def learning_rate(
     step: int,              # 0 to steps - 1
     steps: int,             # T, iterations in all

@@ -22,6 +22,7 @@ def test_segmentation_loss_is_the_mean_of_two_cross_entropies(seed):
     logits, target = batch(seed)
     bg, fg = target.masked_fill(target != 0, 255), target.masked_fill(target == 0, 255)
     torch.testing.assert_close(seg_loss(logits, target), (F.cross_entropy(logits, bg, ignore_index=255) + F.cross_entropy(logits, fg, ignore_index=255)) / 2)
+    torch.testing.assert_close(seg_loss(logits, target, foreground=.2), .8 * F.cross_entropy(logits, bg, ignore_index=255) + .2 * F.cross_entropy(logits, fg, ignore_index=255))
 
 
 @quick
@@ -73,6 +74,7 @@ def test_schedule_stays_between_zero_and_its_base(steps, warmup, power):
 
 @pytest.mark.parametrize("call, message", [
     (lambda: seg_loss(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 2)), "resize the logits"),
+    (lambda: seg_loss(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4), foreground=1.5), "from 0 to 1"),
     (lambda: seg_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 3)), "3 outputs"),
     (lambda: seg_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), -1)), "3 outputs"),
     (lambda: cache_loss(torch.zeros(1, 9, 3), torch.zeros(1, 8)), "do not fit"),
