@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['image_files', 'complaints', 'diclip_cam', 'diclip_cache', 'diclip_train', 'diclip_segment', 'diclip_eval']
 
-# %% ../nbs/67_commands.ipynb #984de13f
+# %% ../nbs/67_commands.ipynb #09bdda1a
 import os
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.script import Param, call_parse
 
-# %% ../nbs/67_commands.ipynb #704eabef
+# %% ../nbs/67_commands.ipynb #15371424
 def image_files(paths) -> list:
     "Image files among files and folders. Raises ValueError for a path that is not there or a folder without images."
     from diclip.output import list_images
@@ -27,7 +27,7 @@ def complaints():
     try: yield
     except (ValueError, FileNotFoundError) as e: raise SystemExit(f"error: {e}") from None
 
-# %% ../nbs/67_commands.ipynb #e39672ae
+# %% ../nbs/67_commands.ipynb #5df96bec
 def _cam(files, classes, model, out, gamma):
     "Maps, label images and overlays of files."
     import torch
@@ -45,7 +45,7 @@ def _cam(files, classes, model, out, gamma):
         ids = table[pseudo_labels(maps[None], gamma=gamma)[0]]
         save_label(ids, out / f"{f.stem}.png"); overlay_png(image, ids, out / f"{f.stem}_overlay.png")
 
-# %% ../nbs/67_commands.ipynb #a0c9a4ef
+# %% ../nbs/67_commands.ipynb #cd9218aa
 @call_parse
 def diclip_cam(
     images: Param("image files or folders", str, nargs="+"),
@@ -65,7 +65,7 @@ def diclip_cam(
         _cam(files, names, m, Path(out), gamma or (m.profile.dynamic_gamma if m.student is not None and m.student.adapter is not None else m.profile.gamma))
     print(f"{len(files)} images, labels given ({', '.join(names)}): {out}")
 
-# %% ../nbs/67_commands.ipynb #c1f7a3b5
+# %% ../nbs/67_commands.ipynb #7c50b60b
 @call_parse
 def diclip_cache(
     out: str = "runs/cache",    # folder for cache.safetensors and, on the way, images and pooled features
@@ -81,13 +81,13 @@ def diclip_cache(
         cache.save(Path(out) / "cache.safetensors")
     print(f"{len(cache)} pairs of {len(m.profile.classes)} classes: {out}/cache.safetensors")
 
-# %% ../nbs/67_commands.ipynb #b7516973
+# %% ../nbs/67_commands.ipynb #7b3b47c9
 def _accelerator(device, precision):
     "One process or, started by accelerate launch, one of several."
     from accelerate import Accelerator
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
-# %% ../nbs/67_commands.ipynb #294a565a
+# %% ../nbs/67_commands.ipynb #ef7773d7
 @call_parse
 def diclip_train(
     profile: str = "mini",      # "mini", "voc" or "coco"
@@ -123,7 +123,7 @@ def diclip_train(
         if a.is_main_process: m.save_pretrained(Path(out) / "model")
     a.print(f"{len(samples)} images, labels given, masks not used; {p.iterations} iterations of {p.batch}; last losses {log[-1]}; model: {out}/model")
 
-# %% ../nbs/67_commands.ipynb #46c4143f
+# %% ../nbs/67_commands.ipynb #e285436e
 @call_parse
 def diclip_segment(
     images: Param("image files or folders", str, nargs="+"),
@@ -149,7 +149,7 @@ def diclip_segment(
         if archive: submission(found, archive, classes=len(m.profile.classes))
     print(f"{run.report()}, labels not given, {'one scale' if one_scale else 'scales ' + '/'.join(map(str, m.profile.scales)) + ', flip'}, {'CRF' if crf else 'no CRF'}: {out}")
 
-# %% ../nbs/67_commands.ipynb #a8b805d0
+# %% ../nbs/67_commands.ipynb #07d310ee
 @call_parse
 def diclip_eval(
     model: str = "runs/train/model",   # folder that diclip_train wrote

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DiCLIP', 'as_arrays', 'readable', 'LaterSD', 'load_folder']
 
-# %% ../nbs/64_model.ipynb #c3439874
+# %% ../nbs/64_model.ipynb #34df38b2
 import json
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,7 +30,7 @@ from .supervision import Frozen, augmented, precompute, store_targets
 from .train import Learner, Student, check_folder, new_head, new_student, train
 from .vce import fuse_attention
 
-# %% ../nbs/64_model.ipynb #bfcd0951
+# %% ../nbs/64_model.ipynb #73e46d1f
 class DiCLIP:
     "CLIP and Stable Diffusion, both frozen, connected as in Figure 2. Raises ValueError for a cache of other classes or another CLIP."
     def __init__(
@@ -53,7 +53,7 @@ class DiCLIP:
         self.cache = cache
         return self
 
-# %% ../nbs/64_model.ipynb #eda3c86c
+# %% ../nbs/64_model.ipynb #a05fb8bd
 @patch(cls_method=True)
 def from_pretrained(
     cls: DiCLIP,
@@ -68,7 +68,7 @@ def from_pretrained(
     p = name if isinstance(name, Profile) else get_profile(name, **overrides)
     return cls(load_clip(p, device, dtype), load_sd(p, device, dtype), p, cache)
 
-# %% ../nbs/64_model.ipynb #29d55cdd
+# %% ../nbs/64_model.ipynb #4b1ba709
 def _as_array(image):
     if isinstance(image, Sample): return image.image
     return read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
@@ -92,7 +92,7 @@ def prepare(
     arrays = as_arrays(images)
     return batch_images(arrays, self.profile.crop).to(self.device), [a.shape[:2] for a in arrays]
 
-# %% ../nbs/64_model.ipynb #b700c124
+# %% ../nbs/64_model.ipynb #5acb627d
 @patch
 @torch.no_grad()
 def refined(self: DiCLIP, x: Tensor) -> tuple:
@@ -110,7 +110,7 @@ def attention(self: DiCLIP, images) -> dict:
     fused = fuse_attention(clip, refined, alpha=self.profile.alpha, mode=self.profile.fusion)
     return dict(clip=clip.mean(1)[:, 1:, 1:], sd=raw, refined=refined, fused=fused.mean(1)[:, 1:, 1:])
 
-# %% ../nbs/64_model.ipynb #d09c815e
+# %% ../nbs/64_model.ipynb #2bfc19a1
 @patch
 def class_indices(
     self: DiCLIP,
@@ -126,7 +126,7 @@ def class_indices(
             if n not in self.profile.classes: raise ValueError(f"unknown class {n!r}: profile {self.profile.name!r} has {', '.join(self.profile.classes)}")
     return [[self.profile.classes.index(n) for n in names] for names in classes]
 
-# %% ../nbs/64_model.ipynb #c6cdfca4
+# %% ../nbs/64_model.ipynb #2e59ad0f
 @patch
 @torch.no_grad()
 def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -137,7 +137,7 @@ def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:
     if self.student is not None and self.student.adapter is not None: return dynamic_cam(M, self.student.adapter(F), p.dynamic_beta, labels, p.dynamic_votes)
     return M if self.cache is None else static_cam(M, cache_cam(F, self.cache, p.sharpness), p.beta)
 
-# %% ../nbs/64_model.ipynb #47d8d318
+# %% ../nbs/64_model.ipynb #4d6ea17f
 @patch
 def cams(
     self: DiCLIP,
@@ -161,7 +161,7 @@ def _views(model, x, labels, scales, flip):
     if tuple(scales) == (1.,) and not flip: return fn(x)
     return multi_scale_cams(fn, x, model.profile.crop, model.profile.patch, scales, flip)
 
-# %% ../nbs/64_model.ipynb #06e8ed7b
+# %% ../nbs/64_model.ipynb #ec305d82
 @patch
 @torch.no_grad()
 def segment(
@@ -183,7 +183,7 @@ def segment(
         out.append(q.argmax(0))
     return out
 
-# %% ../nbs/64_model.ipynb #13a03b0e
+# %% ../nbs/64_model.ipynb #5ac15ef5
 def readable(samples, on_error="stop") -> list:
     "All samples in memory; damaged ones are left out and named with \"skip\". Raises ValueError with \"stop\"."
     kept, skipped = [], []
@@ -195,7 +195,7 @@ def readable(samples, on_error="stop") -> list:
     if skipped: print(f"skipped {len(skipped)} damaged images: {'; '.join(skipped[:5])}")
     return kept
 
-# %% ../nbs/64_model.ipynb #e86f2176
+# %% ../nbs/64_model.ipynb #e35df6ac
 @patch
 def build_cache(self: DiCLIP, folder, progress=True) -> Cache:
     "Images of the profile (those that ship, or drawn into `folder`/pool) as a cache, (8)-(10); the model uses it from now on."
@@ -203,7 +203,7 @@ def build_cache(self: DiCLIP, folder, progress=True) -> Cache:
     self.use_cache(make_cache(self.clip, self.sd, pool, self.profile, progress=progress, workdir=Path(folder) / "pooled"))
     return self.cache
 
-# %% ../nbs/64_model.ipynb #cbeaf4b4
+# %% ../nbs/64_model.ipynb #e5989817
 @patch
 def fit(
     self: DiCLIP,
@@ -228,7 +228,7 @@ def fit(
     self.student = learner.module.eval()
     return log
 
-# %% ../nbs/64_model.ipynb #3ee1c102
+# %% ../nbs/64_model.ipynb #7caf130b
 @patch
 def save_pretrained(self: DiCLIP, folder):
     "Write settings, cache and student; `from_pretrained(folder)` reads them."
@@ -248,7 +248,7 @@ def _read_settings(folder) -> tuple:
     try: return Profile(**{k: tuples(v) for k, v in record["profile"].items()}), record
     except (TypeError, KeyError) as e: raise ValueError(f"{Path(folder).name}/diclip.json does not fit this version of diclip ({e}): save the model again with this version") from None
 
-# %% ../nbs/64_model.ipynb #9b10b2de
+# %% ../nbs/64_model.ipynb #7e38eb5c
 def _read_student(folder, clip, profile, adapter):
     "Head and adapter of a saved model."
     student = Student(new_head(clip, profile), None if adapter is None else Adapter(torch.zeros(adapter[0], clip.embed_dim), torch.zeros(adapter), profile.sharpness))

@@ -6,7 +6,7 @@
 __all__ = ['Student', 'new_head', 'new_student', 'total_loss', 'Learner', 'settings', 'Log', 'check_folder', 'one', 'train',
            'cam_quality', 'seg_loss', 'cache_loss', 'Frozen', 'precompute', 'read_log', 'store_targets']
 
-# %% ../nbs/62_train.ipynb #66002c29
+# %% ../nbs/62_train.ipynb #d7d4f171
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from .retrieval import Adapter
 from .supervision import Frozen, augmented, make_par, patch_labels, pixel_labels, precompute, store_targets, supervising_cam
 _all_ = ["seg_loss", "cache_loss", "Frozen", "precompute", "read_log", "store_targets"]
 
-# %% ../nbs/62_train.ipynb #26e0a341
+# %% ../nbs/62_train.ipynb #a8d67fe9
 class Student(nn.Module):
     "The head and, in the last row of Table IV, the adapter."
     def __init__(self, head, adapter=None):
@@ -54,7 +54,7 @@ def new_student(
     torch.manual_seed(seed)
     return Student(new_head(clip, p), None if cache is None else Adapter.from_cache(cache, p.prompts, p.prompt_noise, random, p.sharpness, seed))
 
-# %% ../nbs/62_train.ipynb #d5fb28b8
+# %% ../nbs/62_train.ipynb #a7e24584
 def total_loss(
     logits: Tensor, votes, embedding: Tensor,   # from `Student`
     target: Tensor,          # (B, H, W) labels for the head
@@ -72,7 +72,7 @@ def total_loss(
     weights = dict(seg=1., cache=profile.cache_weight, affinity=profile.affinity_weight)
     return sum(weights[k] * v for k, v in parts.items()), {k: v.item() for k, v in parts.items()}
 
-# %% ../nbs/62_train.ipynb #4630e982
+# %% ../nbs/62_train.ipynb #c1880243
 class Learner:
     "A student, its teachers and its optimizer."
     def __init__(self,
@@ -95,7 +95,7 @@ class Learner:
     @property
     def module(self) -> Student: return self.accelerator.unwrap_model(self.student)
 
-# %% ../nbs/62_train.ipynb #07e61375
+# %% ../nbs/62_train.ipynb #80e8701a
 @patch
 def look(self: Learner, batch) -> dict:
     "What the frozen models say about a batch: computed now, or remembered."
@@ -114,7 +114,7 @@ def teach(self: Learner, f, batch, votes) -> tuple:
     gamma = None if votes is None else p.dynamic_gamma
     return pixel_labels(image, supervising_cam(f, labels, votes, p), labels, p.grid, p, self.par, valid, f.get("attention"), gamma), patches
 
-# %% ../nbs/62_train.ipynb #76e09d78
+# %% ../nbs/62_train.ipynb #8cf20faf
 @patch
 def predict(self: Learner, batch):
     f = self.look(batch)
@@ -138,7 +138,7 @@ def step(self: Learner, batch) -> dict:
     self.optimizer.zero_grad()
     return parts
 
-# %% ../nbs/62_train.ipynb #a43d1455
+# %% ../nbs/62_train.ipynb #b5d2feec
 def settings(learner, data) -> dict:
     "What must not change between a training and its continuation, as JSON knows it."
     return json.loads(json.dumps(dict(asdict(learner.profile), seed=data.seed, images=len(data.samples), processes=learner.accelerator.num_processes,
@@ -162,7 +162,7 @@ def load(self: Learner, folder, settings) -> int:
     restore_optimizer(self.optimizer, part(tensors, "optimizer"))
     return state["iteration"]
 
-# %% ../nbs/62_train.ipynb #ae2f6c33
+# %% ../nbs/62_train.ipynb #c1057fe3
 class Log:
     "Losses and scores by iteration: lines of JSON, TensorBoard beside them, and the mean since the last line."
     def __init__(self, folder, first: int, active=True):
@@ -193,7 +193,7 @@ class Log:
     def close(self):
         if self.board: self.board.close()
 
-# %% ../nbs/62_train.ipynb #8fb0c80d
+# %% ../nbs/62_train.ipynb #8b344aef
 @patch
 @torch.no_grad()
 def panel(
@@ -212,7 +212,7 @@ def panel(
     columns = [batch["image"].to(target.device), *(colors[ids].permute(0, 3, 1, 2) for ids in (target, found))]
     return torch.cat(list(torch.cat(columns, 3)), 1).cpu()
 
-# %% ../nbs/62_train.ipynb #d7b98416
+# %% ../nbs/62_train.ipynb #d5d76a5b
 def check_folder(folder, resume):
     "Raises ValueError where a checkpoint would be overwritten."
     done = load_checkpoint(folder)[1].get("iteration", 0)
@@ -225,7 +225,7 @@ def one(learner, data, iteration, batch) -> dict:
     torch.manual_seed((data.seed * 1_000_003 + iteration) * a.num_processes + a.process_index)
     return learner.step(batch)
 
-# %% ../nbs/62_train.ipynb #2dfdcf37
+# %% ../nbs/62_train.ipynb #924aac11
 def train(
     learner: Learner, data: TrainingSet,
     folder,                  # of checkpoint, log and TensorBoard
@@ -258,7 +258,7 @@ def train(
     if skipped: print(f"skipped {len(skipped)} damaged images: {'; '.join(sorted(set(skipped))[:5])}")
     return read_log(folder)
 
-# %% ../nbs/62_train.ipynb #2ab1c01d
+# %% ../nbs/62_train.ipynb #58bb856e
 @torch.no_grad()
 def cam_quality(
     learner: Learner,
