@@ -52,6 +52,17 @@ def test_the_committed_training_record_fits_its_experiment():
     assert record["models"] == shipped(), "measured with other weights: run it again"
 
 
+def test_the_committed_test_record_has_the_settings_of_val():
+    val, test = (json.loads((ROOT / f"nbs/results/{n}.json").read_text()) for n in ("training", "training_test"))
+    differs = {k for k in val["parameters"] if val["parameters"][k] != test["parameters"][k]}
+    assert differs == {"split", "controls"} and test["models"] == val["models"] == shipped()
+
+
+def test_the_committed_training_record_fits_the_profile():
+    from diclip.config import profile
+    assert json.loads((ROOT / "nbs/results/training.json").read_text())["parameters"]["iterations"] == profile("mini").iterations
+
+
 def test_the_committed_adapter_record_chose_the_profile():
     from diclip.config import profile
     record = json.loads((ROOT / "nbs/results/adapter.json").read_text())
