@@ -62,7 +62,7 @@ def diclip_cam(
     with complaints():
         files = image_files(images)
         m = DiCLIP.from_pretrained(model, device=device, cache=cache or None)
-        _cam(files, names, m, Path(out), gamma or (m.profile.dynamic_gamma if m.student is not None and m.student.adapter is not None else m.profile.gamma))
+        _cam(files, names, m, Path(out), gamma or (m.profile.gamma if m.adapter is None else m.profile.dynamic_gamma))
     print(f"{len(files)} images, labels given ({', '.join(names)}): {out}")
 
 # %% ../nbs/67_commands.ipynb #7c50b60b

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['replacing', 'write_atomic']
 
-# %% ../nbs/01_files.ipynb #cd6bc09a
+# %% ../nbs/01_files.ipynb #452db8ad
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/01_files.ipynb #38ccc5de
+# %% ../nbs/01_files.ipynb #9a63e1df
 @contextmanager
 def replacing(path):
     "A temporary path beside `path`, which takes its place if the block ends well and is removed if not. Makes missing folders."
@@ -22,7 +22,7 @@ def replacing(path):
         os.replace(beside, path)
     finally: beside.unlink(missing_ok=True)
 
-# %% ../nbs/01_files.ipynb #e43a1f04
+# %% ../nbs/01_files.ipynb #c65e8b26
 def write_atomic(
     path,           # file to write; its folder is made
     save,           # called with a temporary path in the same folder

@@ -46,6 +46,9 @@ class DiCLIP:
         self.text = clip.text(profile.prompt_names)
         if cache is not None: self.use_cache(cache)
 
+    @property
+    def adapter(self): return None if self.student is None else self.student.adapter
+
     def use_cache(self, cache):
         "Take a `Cache` or the path of one; refuses one that does not belong to this model."
         cache = cache if isinstance(cache, Cache) else Cache.load(cache)
@@ -134,7 +137,7 @@ def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:
     p = self.profile
     F = vce_features(self.clip, self.sd, x, p)
     M = patch_text_cam(F, self.text, labels, remove_redundancy=p.redundancy)
-    if self.student is not None and self.student.adapter is not None: return dynamic_cam(M, self.student.adapter(F), p.dynamic_beta, labels, p.dynamic_votes)
+    if self.adapter is not None: return dynamic_cam(M, self.adapter(F), p.dynamic_beta, labels, p.dynamic_votes)
     return M if self.cache is None else static_cam(M, cache_cam(F, self.cache, p.sharpness), p.beta)
 
 # %% ../nbs/64_model.ipynb #4d6ea17f
@@ -234,10 +237,9 @@ def save_pretrained(self: DiCLIP, folder):
     "Write settings, cache and student; `from_pretrained(folder)` reads them."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     if self.cache is not None: self.cache.save(folder / "cache.safetensors")
-    adapter = None if self.student is None else self.student.adapter
     if self.student is not None: save_checkpoint(folder, {k: v for k, v in self.student.state_dict().items()}, dict(iteration=0))
     write_json(folder / "diclip.json", dict(profile=asdict(self.profile), clip=self.clip.fingerprint, sd=getattr(self.sd, "fingerprint", None),
-                                            cache=self.cache is not None, student=self.student is not None, adapter=None if adapter is None else list(adapter.values.shape)))
+                                            cache=self.cache is not None, student=self.student is not None, adapter=None if self.adapter is None else list(self.adapter.values.shape)))
 
 def _read_settings(folder) -> tuple:
     "Profile and the rest of diclip.json. Raises ValueError for a file of another version."
