@@ -31,9 +31,11 @@ class Profile:
     patch: int = 16                      # of CLIP, pixels
     # A. preliminaries
     redundancy: bool = False             # subtract the class-mean of F * T (chosen, ablated)
+    norm: str = "minmax"                 # Norm of (1), (11), (13): "minmax", or "median" (11_cam)
     sharpness: float = 5.5               # b of phi(x) = exp(-b (1 - x)) (2), chosen as Tip-Adapter's
     # B. visual correlation enhancement
     timestep: int = 100                  # of 1000, noise added before the UNet pass (chosen, as DiffSegmenter)
+    sd_layers: tuple | None = None       # which self-attention layers of the decoder are averaged; None: all (IV-B)
     groups: int = 9                      # k of (4) (Table VI a)
     layers: int = 3                      # L, enhanced CLIP layers (Table VI b)
     tau_n: float = .2                    # tau * N of (6): 5e-4 at N = 400 (Table VI c)

@@ -76,10 +76,12 @@ def summarize(
 def paired_difference(
     a: list, b: list,      # one `ConfusionMatrix` a seed, of the same images in the same order
     draws: int = 1000,     # bootstrap resamples
+    less: tuple = (),      # another (a, b): by how much the first pair's difference exceeds this one's
 ) -> list:                 # mean, low, high: percent
     "mIoU(b) - mIoU(a) with its 95 % interval over images, mean over seeds. Raises ValueError for other numbers of images."
-    if len({m.images for m in (*a, *b)}) > 1: raise ValueError("paired rows need the same images: score both on one list")
-    d = 100 * (torch.stack([m.resampled("miou", draws) for m in b]).mean(0) - torch.stack([m.resampled("miou", draws) for m in a]).mean(0))
+    if len({m.images for m in (*a, *b, *(m for rows in less for m in rows))}) > 1: raise ValueError("paired rows need the same images: score both on one list")
+    drawn = lambda rows: 100 * torch.stack([m.resampled("miou", draws) for m in rows]).mean(0)
+    d = drawn(b) - drawn(a) - (drawn(less[1]) - drawn(less[0]) if less else 0)
     return [round(v, 2) for v in (d.mean().item(), *d.nanquantile(torch.tensor([.025, .975], dtype=d.dtype)).tolist())]
 
 def verdict(low: float, high: float) -> str:
@@ -93,7 +95,7 @@ class Seeded:
                  sd,          # `StableDiffusion`
                  seed: int,   # of the noise
                 ): self.sd, self.seed, self.fingerprint = sd, seed, f"{sd.fingerprint}, noise {seed}"
-    def attention(self, images, grid, timestep): return self.sd.attention(images, grid, timestep=timestep, seed=self.seed)
+    def attention(self, images, grid, timestep, layers=None): return self.sd.attention(images, grid, timestep=timestep, layers=layers, seed=self.seed)
 
 # %% ../nbs/65_experiment.ipynb #182100cc
 def format_table(

@@ -79,6 +79,7 @@ def multi_scale_cams(
     patch: int,              # of CLIP, pixels
     scales: tuple = (1., .5, .75, 1.5),  # (log)
     flip: bool = True,       # mirror each view as well (family)
+    norm: str = "minmax",    # one of `diclip.cam.NORMS`
 ) -> Tensor:                 # (B, C, crop, crop) in [0, 1]
     "Norm of the mean of maps over scales and mirror images. Raises ValueError for scales that are none and for maps of another shape."
     seen, total = views(images, patch, scales, flip, crop), 0
@@ -87,4 +88,4 @@ def multi_scale_cams(
         if maps.ndim != 4 or len(maps) != len(images): raise ValueError(f"cam_fn returned {tuple(maps.shape)}: give (B, C, h, w), use maps.unflatten(2, grid)")
         maps = _resize(maps.float(), (crop, crop))
         total = total + (maps.flip(-1) if mirrored else maps)
-    return minmax((total / len(seen)).flatten(2)).unflatten(2, (crop, crop))
+    return minmax((total / len(seen)).flatten(2), norm).unflatten(2, (crop, crop))

@@ -23,7 +23,7 @@ from .config import PROFILES, Profile, profile as get_profile
 from .data import Sample, batch_images, read_image, to_rgb
 from .imagepool import profile_pool
 from .infer import multi_scale_cams, segment_scores
-from .keys import refine, vce_features
+from .keys import diffusion_attention, refine, vce_features
 from .retrieval import Adapter, cache_cam, dynamic_cam, static_cam
 from .sd import load_sd
 from .supervision import Frozen, augmented, precompute, store_targets
@@ -100,7 +100,7 @@ def prepare(
 @torch.no_grad()
 def refined(self: DiCLIP, x: Tensor) -> tuple:
     "Diffusion attention of prepared images after ACR (4)-(6), and before it: two tensors (B, N, N)."
-    raw = self.sd.attention(x, self.profile.grid, timestep=self.profile.timestep)
+    raw = diffusion_attention(self.sd, x, self.profile.grid, self.profile)
     return refine(raw, self.profile), raw
 
 @patch
@@ -136,9 +136,9 @@ def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:
     "(B, C, N) CAMs of prepared images: (1) on VCE features, plus the adapter's votes (13) or the cache's (11) if there are any."
     p = self.profile
     F = vce_features(self.clip, self.sd, x, p)
-    M = patch_text_cam(F, self.text, labels, remove_redundancy=p.redundancy)
-    if self.adapter is not None: return dynamic_cam(M, self.adapter(F), p.dynamic_beta, labels, p.dynamic_votes)
-    return M if self.cache is None else static_cam(M, cache_cam(F, self.cache, p.sharpness), p.beta)
+    M = patch_text_cam(F, self.text, labels, remove_redundancy=p.redundancy, norm=p.norm)
+    if self.adapter is not None: return dynamic_cam(M, self.adapter(F), p.dynamic_beta, labels, p.dynamic_votes, p.norm)
+    return M if self.cache is None else static_cam(M, cache_cam(F, self.cache, p.sharpness, norm=p.norm), p.beta, norm=p.norm)
 
 # %% ../nbs/64_model.ipynb #4d6ea17f
 @patch
@@ -162,7 +162,7 @@ def _views(model, x, labels, scales, flip):
     "(B, C, h, w): maps on the grid, or their mean over several views."
     fn = lambda v: model.maps(v, labels).unflatten(2, tuple(side // model.profile.patch for side in v.shape[-2:]))
     if tuple(scales) == (1.,) and not flip: return fn(x)
-    return multi_scale_cams(fn, x, model.profile.crop, model.profile.patch, scales, flip)
+    return multi_scale_cams(fn, x, model.profile.crop, model.profile.patch, scales, flip, model.profile.norm)
 
 # %% ../nbs/64_model.ipynb #ec305d82
 @patch

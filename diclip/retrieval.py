@@ -52,10 +52,11 @@ def cache_cam(
     cache,                    # `Cache`: keys (n, d), values (n, C + 1)
     sharpness: float = 5.5,   # b of eq. (2)
     negative: bool = True,    # False: positive cache only (Table IV)
+    norm: str = "minmax",     # one of `diclip.cam.NORMS`
 ) -> Tensor:                  # (B, C, N) in [0, 1]
     "The static cache CAM: retrieve (2), suppress the background, Norm; without background rows the suppression does nothing"
     fg, bg = split_cache_output(retrieve(features, cache.keys, cache.values, sharpness))
-    return minmax(suppress_background(fg, bg) if negative else fg)
+    return minmax(suppress_background(fg, bg) if negative else fg, norm)
 
 # %% ../nbs/50_retrieval.ipynb #3aafa795
 def static_cam(
@@ -63,11 +64,12 @@ def static_cam(
     cache: Tensor,            # (B, C, N) from `cache_cam`, in [0, 1]
     beta: float = .5,         # weight of the cache (Table VI g)
     labels: Tensor = None,    # (B, C) bool, the classes of each image; absent ones give 0
+    norm: str = "minmax",     # one of `diclip.cam.NORMS`
 ) -> Tensor:                  # (B, C, N) in [0, 1]
     "The enhanced static CAM, eq. (11): Norm(M_vce + beta * M_cache); raises ValueError on shapes that disagree or beta < 0"
     if vce.shape != cache.shape or vce.ndim != 3: raise ValueError(f"both CAMs must be (B, C, N), not {tuple(vce.shape)} and {tuple(cache.shape)}: make them of the same features")
     if not beta >= 0: raise ValueError(f"beta {beta} must not be negative: 0 leaves the cache out")
-    M = minmax(vce + beta * cache)
+    M = minmax(vce + beta * cache, norm)
     return M if labels is None else M * labels.to(M)[..., None]
 
 # %% ../nbs/50_retrieval.ipynb #c8e9b726
@@ -125,6 +127,7 @@ def dynamic_cam(
     beta: float = .5,        # weight of the adapter (Table VI g)
     labels: Tensor = None,   # (B, C) bool, the classes of each image; absent ones give 0
     how: str = "softmax",    # reading of the votes, see `foreground_votes`
+    norm: str = "minmax",    # one of `diclip.cam.NORMS`
 ) -> Tensor:                 # (B, C, N) in [0, 1]
     "The enhanced dynamic CAM, eq. (13); raises ValueError as `foreground_votes` and `static_cam` do"
-    return static_cam(vce, minmax(foreground_votes(votes, labels, how)), beta, labels)
+    return static_cam(vce, minmax(foreground_votes(votes, labels, how), norm), beta, labels, norm)

@@ -25,8 +25,9 @@ def add_static(
     profile,          # `Profile`
 ) -> dict:            # the same with "static" (B, C, N)
     "The static CAM (11) of features that are there already; the CAM (1) itself where there is no cache."
-    static = f["cam"] if cache is None else static_cam(f["cam"], cache_cam(f["features"], cache, profile.sharpness), profile.beta, labels)
-    return {**f, "static": static}
+    if cache is None: return {**f, "static": f["cam"]}
+    found = cache_cam(f["features"], cache, profile.sharpness, norm=profile.norm)
+    return {**f, "static": static_cam(f["cam"], found, profile.beta, labels, profile.norm)}
 
 class Frozen:
     "CLIP, diffusion model and cache: images and labels in; tokens (B, L, N, D), features (B, N, d), cam and static (B, C, N) out."
@@ -41,7 +42,7 @@ class Frozen:
                 ) -> dict:
         p = self.profile
         features = vce_features(self.clip, self.sd, images, p)
-        cam = patch_text_cam(features, self.text, labels, remove_redundancy=p.redundancy)
+        cam = patch_text_cam(features, self.text, labels, p.redundancy, norm=p.norm)
         out = dict(tokens=raw_tokens(self.clip, images), features=features, cam=cam)
         if p.affinity: out["attention"] = self.attention(images)
         return add_static(out, labels, self.cache, p)
@@ -114,7 +115,8 @@ def supervising_cam(
     profile=None,           # `Profile`: weight and reading of the votes; needed with votes only
 ) -> Tensor:                # (B, C, N) in [0, 1]
     "M_dyn (13) with an adapter's votes, M_static (11) without, which is M_vce (1) where there is no cache."
-    return f["static"] if votes is None else dynamic_cam(f["cam"], votes.detach(), profile.dynamic_beta, labels, profile.dynamic_votes)
+    if votes is None: return f["static"]
+    return dynamic_cam(f["cam"], votes.detach(), profile.dynamic_beta, labels, profile.dynamic_votes, profile.norm)
 
 # %% ../nbs/62_supervision.ipynb #caa7222c
 def augmented(profile) -> bool:

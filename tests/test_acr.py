@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from diclip.acr import (METRICS, PROPAGATIONS, affinity_label, cluster_attention, confident, distances, neighbor_attention, oracle_attention,
+from diclip.acr import (METRICS, PROPAGATIONS, affinity_label, cluster_attention, confident, distances, hand_attention, neighbor_attention, oracle_attention,
                         refine_attention, rgb_attention, row_normalize, threshold_label)
 
 quick = settings(deadline=None, max_examples=25)
@@ -296,3 +296,13 @@ def test_neighbors_attend_to_what_is_near_and_to_nothing_else():
     assert A.shape == (2, 12, 12) and torch.equal(A[0], A[1])
     torch.testing.assert_close(A[0], A[0].mT * (A[0].diagonal()[:, None] / A[0].diagonal()))     # a function of the distance, up to the row's sum
     assert A[0, 0].argmax() == 0 and A[0, 0, 1] > A[0, 0, 2] > A[0, 0, 3]
+
+
+def test_the_hand_made_control_is_nearness_times_color():
+    g = torch.Generator().manual_seed(0)
+    images, grid = torch.rand(2, 3, 16, 24, generator=g), (2, 3)
+    product = neighbor_attention(2, grid, 1.) * rgb_attention(images, grid, .1)
+    torch.testing.assert_close(hand_attention(images, grid, 1., .1), product / product.sum(-1, keepdim=True))
+    torch.testing.assert_close(hand_attention(images, grid, 2.), neighbor_attention(2, grid, 2.))
+    flat = torch.full((1, 3, 16, 24), .5)
+    torch.testing.assert_close(hand_attention(flat, grid, 1., .01), neighbor_attention(1, grid, 1.))

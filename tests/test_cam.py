@@ -130,3 +130,17 @@ NAN = torch.full((1, 4, 8), float("nan"))
 ])
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message): call(torch.randn(1, 4, 8), torch.randn(3, 8))
+
+
+@few
+@given(sizes, seeds)
+def test_the_median_norm_leaves_nothing_below_the_median(size, seed):
+    F, T, y, _ = draw((size[0], 2 * size[1] + 1, size[2], size[3]), seed)
+    low, high = patch_text_cam(F, T), patch_text_cam(F, T, norm="median")
+    assert ((high == 0).sum(-1) >= size[1] + 1).all() and (high <= low + 1e-6).all()
+    close(high.amax(-1), torch.ones(size[0], size[2]), eps=1e-6)
+    assert (patch_text_cam(F, T, y, norm="median")[~y] == 0).all()
+
+
+def test_an_unknown_norm_names_the_known_ones():
+    with pytest.raises(ValueError, match="minmax, median"): minmax(torch.rand(2, 3), "mean")
