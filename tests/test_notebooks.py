@@ -42,7 +42,7 @@ def test_a_committed_record_fits_its_experiment(name, images):
     record = json.loads((ROOT / f"nbs/results/{name}.json").read_text())
     assert record["parameters"]["n_val"] == 400 and record["parameters"]["seeds"] >= 3 and record["parameters"]["cache_images"] == images
     assert set(record["results"]) >= {"center prior", "baseline CLIP", "+ VCE without ACR", "+ VCE", "+ positive cache", "+ negative cache",
-                                      "untrained UNet", "color similarity", "neighbors", "rolled labels", "oracle attention"}
+                                      "untrained UNet", "color similarity", "neighbors", "hand-made", "hand-made + ACR", "rolled labels", "no class keys", "oracle attention"}
     assert record["models"] == shipped(), "measured with other weights: run it again"
 
 
@@ -90,3 +90,12 @@ def test_components_run_on_a_folder_in_voc_format(tmp_path):
     small = dict(SMALL["components"], n_train=16, n_val=16)
     record = run_notebook("components", tmp_path / "out", profile="mini", data=str(tmp_path / "VOC2012"), **small)
     assert record["parameters"]["n_val"] == 16 and record["results"]["+ negative cache"]["miou"] > 0
+
+
+def test_the_hand_made_row_is_the_best_of_its_family_on_train():
+    controls, components = (json.loads((ROOT / f"nbs/results/{n}.json").read_text()) for n in ("controls", "components"))
+    best = {k: v for k, v in controls["best"]["best hand-made"].items() if k != "miou"}
+    assert controls["models"] == components["models"] == shipped() and controls["tried"]["by hand"] >= 200
+    assert components["parameters"]["hand"] == best
+    rows = {n: max(r["seeds"]) for n, r in controls["results"].items() if n.startswith("by hand")}
+    assert max(rows.values()) == controls["best"]["best hand-made"]["miou"]
