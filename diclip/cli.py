@@ -48,9 +48,9 @@ def diclip_repro(
     out: str = "runs/repro",   # folder for the executed notebook, its record and its report
     device: str = "cpu",       # "cpu" or "cuda"
     n_train: int = 150,        # images of the train split on which thresholds are chosen
-    n_val: int = 400,          # images that are scored (voc: the paper scores CAMs on train, see --split)
+    n_val: int = 200,          # images that are scored (voc: the paper scores CAMs on train, see --split)
     split: str = "val",        # split that is scored
-    seeds: int = 3,            # repetitions of everything random
+    seeds: int = 1,            # repetitions of everything random
     per_class: int = 50,       # generated images a class in the cache
     remake_pool: bool = False, # generate the images anew instead of using those that ship
     cache_images: str = "generated", # "generated", or "rendered": the mini world's own portraits, as a control
