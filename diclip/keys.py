@@ -43,6 +43,7 @@ def profile_features(
     "`enhanced_features` (7) of any attention with a profile's settings"
     return enhanced_features(clip, images, attention, profile.layers, profile.alpha, profile.fusion, profile.readout)
 
+# %% ../nbs/39_keys.ipynb #f06c5559
 def vce_features(
     clip,            # `DenseCLIP`
     sd,              # `StableDiffusion`, anything with the same `attention`, or None for raw CLIP

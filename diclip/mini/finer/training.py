@@ -41,6 +41,7 @@ def _fill(folder, kind, start, stop):
     images.flush()
     return captions
 
+# %% ../../../nbs/mini/finer/02_training.ipynb #0f2681e1
 def write_pool(folder, scenes=40_000, portraits=16_000, workers=2, chunk=1000):
     "Render both kinds into `folder`: {kind}.npy (n, 160, 160, 3) uint8 and {kind}.json, the captions."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +77,7 @@ def encode(
     for block in v.transformer.resblocks[:depth]: h = block(h, attn_mask=mask)
     return F.normalize(v.ln_post(h[:, 0]) @ v.proj, dim=-1)
 
+# %% ../../../nbs/mini/finer/02_training.ipynb #25fcff79
 def window_mask(at, window):
     "0 where a token may look and -inf where not, (B, n + 1, n + 1): patches at (B, n, 2) see their window, the class token sees all."
     cell = (at + torch.randint(0, window, (len(at), 1, 2))) // window
@@ -118,23 +120,25 @@ class Views:
         self.rng.shuffle(cast)
         return render(self.index, "pretrain", cast)
 
-    def view(self, scene, crop):
-        "Image, place in the grid, caption and answers (14,) to \"is it visible?\": NaN where a few pixels are, and for the background of a crop."
-        rng, x, m, place = self.rng, scene.image, scene.mask, (0, 0)
-        if rng.random() < .5: x, m = x[:, ::-1], m[:, ::-1]
-        if crop:
-            place = rng.integers(0, (SIZE - self.size) // 8 + 1, 2)
-            i, j = np.clip(place * 8 + rng.integers(-3, 4, 2), 0, SIZE - self.size)
-            x, m = x[i:i+self.size, j:j+self.size], m[i:i+self.size, j:j+self.size]
-        pixels = np.bincount(m.ravel(), minlength=len(CLASSES) + 1)[1:]
-        seen = np.where(pixels >= MIN_PIXELS, 1, np.where(pixels == 0, 0, np.nan))
-        words = caption(rng, np.flatnonzero(pixels >= MIN_PIXELS), scene.background)
-        around = np.full(len(BACKGROUNDS), np.nan) if crop else np.array([b == scene.background for b in BACKGROUNDS])
-        return np.ascontiguousarray(x), place, words.rsplit(" on ", 1)[0] if crop else words, np.concatenate([seen, around]).astype(np.float32)
-
-# %% ../../../nbs/mini/finer/02_training.ipynb #cd9833a3
+# %% ../../../nbs/mini/finer/02_training.ipynb #a91c0f3e
 from fastcore.basics import patch
 
+@patch
+def view(self: Views, scene, crop):
+    "Image, place in the grid, caption and answers (14,) to \"is it visible?\": NaN where a few pixels are, and for the background of a crop."
+    rng, x, m, place = self.rng, scene.image, scene.mask, (0, 0)
+    if rng.random() < .5: x, m = x[:, ::-1], m[:, ::-1]
+    if crop:
+        place = rng.integers(0, (SIZE - self.size) // 8 + 1, 2)
+        i, j = np.clip(place * 8 + rng.integers(-3, 4, 2), 0, SIZE - self.size)
+        x, m = x[i:i+self.size, j:j+self.size], m[i:i+self.size, j:j+self.size]
+    pixels = np.bincount(m.ravel(), minlength=len(CLASSES) + 1)[1:]
+    seen = np.where(pixels >= MIN_PIXELS, 1, np.where(pixels == 0, 0, np.nan))
+    words = caption(rng, np.flatnonzero(pixels >= MIN_PIXELS), scene.background)
+    around = np.full(len(BACKGROUNDS), np.nan) if crop else np.array([b == scene.background for b in BACKGROUNDS])
+    return np.ascontiguousarray(x), place, words.rsplit(" on ", 1)[0] if crop else words, np.concatenate([seen, around]).astype(np.float32)
+
+# %% ../../../nbs/mini/finer/02_training.ipynb #cd9833a3
 @patch
 def __call__(self: Views, step):
     scenes, m = [self.scene() for _ in range(self.full)], self.model

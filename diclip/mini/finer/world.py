@@ -123,6 +123,7 @@ def _coverage(points, at):
     ImageDraw.Draw(canvas).polygon([tuple(p) for p in moved.tolist()], fill=255)
     return np.asarray(canvas.reduce(OVERSAMPLE), np.float32) / 255
 
+# %% ../../../nbs/mini/finer/01_world.ipynb #4bc3baa1
 def paint(rng, image, parts):
     "Draw parts [(polygon (n, 2) in image units, paint), ...] on `image` in place; returns the object's coverage (SIZE, SIZE)."
     covered = np.zeros((SIZE, SIZE), np.float32)
@@ -150,6 +151,7 @@ def _pose(parts, x, y, scale, angle, mirror, stretch):
     shape = np.array([(-1 if mirror else 1) * stretch, 1 / stretch])
     return [(p * shape @ turn + (x, y), k) for p, k in parts]
 
+# %% ../../../nbs/mini/finer/01_world.ipynb #620e83d8
 def _places(rng, count, portrait):
     "[(x, y, half-extent)] of `count` objects, often in contact; a portrait stands large in the middle."
     if portrait: return [(*rng.uniform(.44, .56, 2), rng.uniform(.32, .42))]
