@@ -10,7 +10,7 @@ __all__ = ['SIZE', 'OVERSAMPLE', 'Y', 'X', 'P_CAMOUFLAGE', 'SCALES', 'P_CONTACT'
 import numpy as np
 from PIL import Image, ImageDraw
 from ...shapes import CLASSES, silhouette, box, oval
-from ...world import BACKGROUNDS, COMPANIONS, HOME, SPLITS, Scene, caption, hsv, random_color
+from ...world import BACKGROUNDS, COMPANIONS, HOME, SPLITS, Scene, _pose, caption, hsv, random_color
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #a31e7281
 SIZE, OVERSAMPLE = 160, 2
@@ -134,12 +134,6 @@ def paint(rng, image, parts):
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #7ad9e60b
 SCALES, P_CONTACT = {1: (.28, .5), 2: (.23, .36), 3: (.19, .28)}, .6
-
-def _pose(parts, x, y, scale, angle, mirror, stretch):
-    c, s = np.cos(angle), np.sin(angle)
-    turn = np.array([[c, s], [-s, c]]) * scale
-    shape = np.array([(-1 if mirror else 1) * stretch, 1 / stretch])
-    return [(p * shape @ turn + (x, y), k) for p, k in parts]
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #620e83d8
 def _places(rng, count, portrait):
