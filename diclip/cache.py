@@ -180,7 +180,7 @@ def _pooled(path, key, compute):
     return fg, bg
 
 # %% ../nbs/40_cache.ipynb #a405f4d8
-_RECIPE = "crop timestep sd_layers groups layers tau_n alpha rounds propagation fusion readout norm mask_threshold templates".split()
+_RECIPE = "crop timestep sd_layers sd_draws groups layers tau_n alpha rounds propagation fusion readout norm mask_threshold templates".split()
 
 def _origin(clip, sd, profile, masks, par):
     "What the pooled vectors depend on, beside the pictures"

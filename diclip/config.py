@@ -36,6 +36,7 @@ class Profile:
     # B. visual correlation enhancement
     timestep: int = 100                  # of 1000, noise added before the UNet pass (chosen, as DiffSegmenter)
     sd_layers: tuple | None = None       # which self-attention layers of the decoder are averaged; None: all (IV-B)
+    sd_draws: int = 1                    # noises whose attention is averaged (chosen)
     groups: int = 9                      # k of (4) (Table VI a)
     layers: int = 3                      # L, enhanced CLIP layers (Table VI b)
     tau_n: float = .2                    # tau * N of (6): 5e-4 at N = 400 (Table VI c)

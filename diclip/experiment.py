@@ -95,7 +95,7 @@ class Seeded:
                  sd,          # `StableDiffusion`
                  seed: int,   # of the noise
                 ): self.sd, self.seed, self.fingerprint = sd, seed, f"{sd.fingerprint}, noise {seed}"
-    def attention(self, images, grid, timestep, layers=None): return self.sd.attention(images, grid, timestep=timestep, layers=layers, seed=self.seed)
+    def attention(self, images, grid, **how): return self.sd.attention(images, grid, **how, seed=self.seed)
 
 # %% ../nbs/65_experiment.ipynb #182100cc
 def format_table(

@@ -28,11 +28,11 @@ def diffusion_attention(
     sd,              # `StableDiffusion`, or anything with the same `attention`
     images: Tensor,  # (B, 3, H, W) in [0, 1]
     grid: tuple,     # (h, w) of CLIP's patches
-    profile,         # `Profile`: time step and decoder layers
+    profile,         # `Profile`: time step, decoder layers, draws
     **how,           # seed, draws, chunk, as `StableDiffusion.attention`
 ) -> Tensor:         # (B, N, N), rows sum to 1
     "The diffusion model's attention (III-C) with a profile's settings"
-    return sd.attention(images, grid, timestep=profile.timestep, layers=profile.sd_layers, **how)
+    return sd.attention(images, grid, timestep=profile.timestep, layers=profile.sd_layers, **{"draws": profile.sd_draws, **how})
 
 def profile_features(
     clip,               # `DenseCLIP`

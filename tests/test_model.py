@@ -9,6 +9,10 @@ from diclip import DiCLIP
 from diclip.cache import cache_from_features
 from diclip.config import profile
 from diclip.data import MiniWorld
+from diclip.keys import diffusion_attention
+
+SIDE, GRID = profile("mini").crop, profile("mini").grid
+N = GRID[0] * GRID[1]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +31,8 @@ def names(model, scenes):
 
 def test_attention_maps_are_what_they_say(mini, scenes):
     A = mini.attention(scenes)
-    assert set(A) == {"clip", "sd", "refined", "fused"} and all(a.shape == (3, 144, 144) for a in A.values())
-    for k in ("sd", "refined"): torch.testing.assert_close(A[k].sum(-1), torch.ones(3, 144), atol=1e-4, rtol=0)
+    assert set(A) == {"clip", "sd", "refined", "fused"} and all(a.shape == (3, N, N) for a in A.values())
+    for k in ("sd", "refined"): torch.testing.assert_close(A[k].sum(-1), torch.ones(3, N), atol=1e-4, rtol=0)
     torch.testing.assert_close(A["fused"], A["clip"] + mini.profile.alpha * A["refined"], atol=1e-5, rtol=1e-4)
 
 
@@ -36,7 +40,7 @@ def test_cams_do_not_depend_on_the_batch(mini, scenes):
     together = mini.cams(scenes, names(mini, scenes))
     for s, n, M in zip(scenes, names(mini, scenes), together):
         torch.testing.assert_close(mini.cams([s], [n])[0], M, atol=2e-3, rtol=0)
-        assert M.shape == (len(n), 96, 96) and 0 <= M.min() and M.max() <= 1
+        assert M.shape == (len(n), SIDE, SIDE) and 0 <= M.min() and M.max() <= 1
 
 
 def test_images_of_any_kind_and_size(mini, scenes, tmp_path):
@@ -49,7 +53,7 @@ def test_images_of_any_kind_and_size(mini, scenes, tmp_path):
     for other in ([Image.fromarray(image)], [str(tmp_path / "a.png")], [tmp_path / "a.png"], tensor):
         torch.testing.assert_close(mini.cams(other, n)[0], want, atol=1e-4, rtol=0)
     assert mini.cams([image[:1, :1]], n)[0].shape[1:] == (1, 1)
-    assert mini.cams([np.dstack([image, image[..., 0]])[:50]], n)[0].shape[1:] == (50, 96)
+    assert mini.cams([np.dstack([image, image[..., 0]])[:50]], n)[0].shape[1:] == (50, SIDE)
 
 
 def test_questions_without_an_answer_are_refused(mini, scenes):
@@ -64,9 +68,9 @@ def test_questions_without_an_answer_are_refused(mini, scenes):
 
 def cache_for(model, classes=None):
     rng = torch.Generator().manual_seed(0)
-    F = torch.nn.functional.normalize(torch.randn(16, 144, model.clip.embed_dim, generator=rng), dim=-1)
-    m = (torch.rand(16, 144, generator=rng) > .5).float()
-    meta = dict(clip=model.clip.fingerprint, grid=[12, 12])
+    F = torch.nn.functional.normalize(torch.randn(16, N, model.clip.embed_dim, generator=rng), dim=-1)
+    m = (torch.rand(16, N, generator=rng) > .5).float()
+    meta = dict(clip=model.clip.fingerprint, grid=list(GRID))
     return cache_from_features(F, m, torch.arange(16) % 8, model.text, classes or model.profile.classes, centroids=2, meta=meta)
 
 
@@ -145,7 +149,7 @@ def test_the_adapter_reads_only_classes_that_are_named(saved, scenes):
     maps = model.maps(x, labels).unflatten(2, p.grid)
     assert maps[~labels].abs().sum() == 0
     for M, m, l in zip(model.cams(scenes, [[c for c in p.classes if c in k] for k in n]), maps, labels):
-        torch.testing.assert_close(M, torch.nn.functional.interpolate(m[None, l], (96, 96), mode="bilinear")[0].clamp(0, 1))
+        torch.testing.assert_close(M, torch.nn.functional.interpolate(m[None, l], (SIDE, SIDE), mode="bilinear")[0].clamp(0, 1))
 
 
 def test_a_used_folder_is_refused_before_any_work(saved):
@@ -172,3 +176,13 @@ def test_norm_and_decoder_layers_are_settings_of_the_profile(mini, scenes):
     torch.testing.assert_close(other.refined(x)[1], mini.sd.attention(x, mini.profile.grid, timestep=mini.profile.timestep, layers=[2, 3]))
     assert not torch.allclose(other.refined(x)[1], mini.refined(x)[1], atol=1e-4)
     assert ((other.maps(x) == 0).float().mean(-1) >= .5).all() and ((mini.maps(x) == 0).float().mean(-1) < .5).all()
+
+
+def test_the_attention_is_averaged_over_the_draws_of_the_profile(mini, scenes):
+    x, p = mini.prepare(scenes)[0], mini.profile
+    two = DiCLIP(mini.clip, mini.sd, replace(p, sd_draws=2))
+    look = lambda draws: mini.sd.attention(x, p.grid, timestep=p.timestep, layers=p.sd_layers, draws=draws)
+    torch.testing.assert_close(two.refined(x)[1], look(2))
+    torch.testing.assert_close(mini.refined(x)[1], look(p.sd_draws))
+    torch.testing.assert_close(diffusion_attention(mini.sd, x, p.grid, p, draws=2), look(2))
+    assert not torch.allclose(look(1), look(2), atol=1e-4)

@@ -19,6 +19,7 @@ from diclip.config import profile
 from diclip.data import MiniWorld, export_voc, palette, VOC
 from diclip.supervision import pack, unpack
 from diclip.train import Learner, read_log, train
+from diclip.world import SIZE
 from helper_train import learner_and_data, main
 
 PROGRAM = [sys.executable, str(Path(__file__).with_name("helper_train.py"))]
@@ -48,7 +49,7 @@ def test_tensorboard_has_the_losses_and_a_panel_with_each_checkpoint(tmp_path):
     assert [e.step for e in board.Images("image, labels, head")] == [4, 8]
     assert [e.value for e in board.Scalars("seg")] == pytest.approx([l["seg"] for l in log])
     first = board.Images("image, labels, head")[0]
-    assert (first.height, first.width) == (4 * 96, 3 * 96)
+    assert (first.height, first.width) == (4 * SIZE, 3 * SIZE)
 
 
 def test_a_panel_shows_image_labels_and_segmentation_and_changes_nothing():
@@ -56,8 +57,8 @@ def test_a_panel_shows_image_labels_and_segmentation_and_changes_nothing():
     before = {k: v.clone() for k, v in learner.module.state_dict().items()}
     batch = collate([data[i] for i in range(4)])
     panel = learner.panel(batch, most=2)
-    torch.testing.assert_close(panel[:, :96, :96], batch["image"][0])
-    colors = set(map(tuple, (panel[:, :, 96:].flatten(1).T * 255).round().int().tolist()))
+    torch.testing.assert_close(panel[:, :SIZE, :SIZE], batch["image"][0])
+    colors = set(map(tuple, (panel[:, :, SIZE:].flatten(1).T * 255).round().int().tolist()))
     assert colors <= set(map(tuple, palette(9).tolist())) and learner.student.training
     assert all(torch.equal(v, before[k]) for k, v in learner.module.state_dict().items())
 

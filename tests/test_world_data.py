@@ -10,7 +10,7 @@ from PIL import Image
 from diclip.config import PROFILES, profile
 from diclip.data import VOC, MiniWorld, Sample, batch_images, export_voc, multi_hot, open_dataset, read_image, to_rgb
 from diclip.shapes import CLASSES, silhouette
-from diclip.world import MIN_PIXELS, SPLITS, render
+from diclip.world import MIN_PIXELS, SIZE, SPLITS, render
 
 
 @settings(deadline=None, max_examples=25)
@@ -18,7 +18,7 @@ from diclip.world import MIN_PIXELS, SPLITS, render
 def test_a_scene_is_a_function_of_its_seed_and_fits_its_labels(index, split):
     a, b = render(index, split), render(index, split)
     assert (a.image == b.image).all() and (a.mask == b.mask).all() and a.caption == b.caption
-    assert a.image.shape == (96, 96, 3) and a.image.dtype == np.uint8 and a.mask.shape == (96, 96)
+    assert a.image.shape == (SIZE, SIZE, 3) and a.image.dtype == np.uint8 and a.mask.shape == (SIZE, SIZE)
     assert set(np.unique(a.mask)) - {0} == {c + 1 for c in a.labels}
     assert all((a.mask == c + 1).sum() >= MIN_PIXELS for c in a.labels)
     assert all((CLASSES[c] in a.caption.split()) == (c in a.labels) for c in range(8))
@@ -41,7 +41,7 @@ def test_profiles_refuse_what_they_do_not_know():
     with pytest.raises(ValueError, match="did you mean layers"): profile("mini", layer=3)
     with pytest.raises(ValueError, match="prompt_names"): profile("mini", classes=("boat",))
     with pytest.raises(ValueError, match="non-empty"): profile("mini", classes=(), prompt_names=())
-    assert {n: p.grid for n, p in PROFILES.items()} == dict(mini=(12, 12), voc=(20, 20), coco=(20, 20))
+    assert {n: p.grid for n, p in PROFILES.items()} == dict(mini=(SIZE // 8,) * 2, voc=(20, 20), coco=(20, 20))
 
 
 def picture(tmp_path, name, image):

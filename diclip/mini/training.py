@@ -87,8 +87,8 @@ def _log(folder, counters, values):
 # %% ../../nbs/mini/11_training.ipynb #535d611a
 class _Run:
     "Model, running average, optimizer and counters of one training."
-    def __init__(self, model, folder, rate, weight_decay):
-        self.model, self.folder, self.rate = model, Path(folder), rate
+    def __init__(self, model, folder, rate, weight_decay, fall):
+        self.model, self.folder, self.rate, self.fall = model, Path(folder), rate, fall
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
         groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == many], weight_decay=weight_decay * many) for many in (True, False)]
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(.9, .99))
@@ -98,7 +98,7 @@ class _Run:
 
     def update(self, loss, seen, progress, clip, decay):
         "One step of the optimizer and of the average."
-        for g in self.optimizer.param_groups: g["lr"] = self.rate * schedule(progress)
+        for g in self.optimizer.param_groups: g["lr"] = self.rate * schedule(progress, fall=self.fall)
         _step(self.model, self.optimizer, loss, clip)
         _average(self.average, self.model, self.counters["step"], decay)
         self.n, self.sums = self.n + 1, {k: self.sums.get(k, 0.) + v for k, v in seen.items()}
@@ -124,6 +124,7 @@ def fit(
     steps: int = None,        # budget of this call in steps; give one of the two
     decay: float = .999,      # of the running average of the weights
     weight_decay: float = .01,
+    fall: float = .4,         # share of the budget in which the rate falls
     clip: float = 1.,         # gradient norm
     every: int = 100,         # steps between log lines
     save_minutes: float = 5,  # between checkpoints
@@ -131,7 +132,7 @@ def fit(
 ) -> dict:                    # the averaged weights, a state dict
     "Train until the budget is used; kill it and call again to go on. Raises ValueError without a budget."
     if minutes is None and steps is None: raise ValueError("give a budget: minutes=... or steps=...")
-    run, saved, progress = _Run(model, folder, rate, weight_decay), time.time(), 0.
+    run, saved, progress = _Run(model, folder, rate, weight_decay, fall), time.time(), 0.
     first, start = dict(run.counters), time.time()
     model.train()
     while progress < 1:

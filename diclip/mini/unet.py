@@ -84,20 +84,21 @@ class Latents:
         return self.z[index].to(self.device), ids.to(self.device)
 
 # %% ../../nbs/mini/40_unet.ipynb #5f35511f
-def time_steps(n, rng):
-    "Half uniform over the schedule, half around its middle."
-    middle = np.clip(rng.normal(450, 180, n), 0, 999)
-    return torch.from_numpy(np.where(rng.random(n) < .5, rng.integers(0, 1000, n), middle).astype(np.int64))
+def time_steps(n, rng, middle=450):
+    "Half uniform over the schedule, half around `middle`."
+    near = np.clip(rng.normal(middle, 180, n), 0, 999)
+    return torch.from_numpy(np.where(rng.random(n) < .5, rng.integers(0, 1000, n), near).astype(np.int64))
 
 class DiffusionLoss:
     "Draws a batch and computes the velocity loss; the callable that `fit` wants."
-    def __init__(self, model, latents, batch=48):
+    def __init__(self, model, latents, batch=48, middle=450):
         from diffusers import DDPMScheduler
-        self.model, self.latents, self.batch, self.noise = model, latents, batch, DDPMScheduler(**SCHEDULE)
+        self.model, self.latents, self.batch, self.middle = model, latents, batch, middle
+        self.noise = DDPMScheduler(**SCHEDULE)
 
     def __call__(self, step):
         z, ids = self.latents(self.batch)
-        t = time_steps(len(z), self.latents.rng).to(z.device)
+        t = time_steps(len(z), self.latents.rng, self.middle).to(z.device)
         e = torch.randn_like(z)
         loss = F.mse_loss(self.model(self.noise.add_noise(z, e, t), t, ids), self.noise.get_velocity(z, e, t))
         return loss, dict(loss=loss.item())

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['pool_item', 'write_pool', 'encode', 'window_mask', 'finer_config', 'finer_clip', 'Views', 'ship', 'train_clip',
-           'FinerLatents', 'train_unet']
+           'FinerLatents', 'train_unet', 'main']
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #ca0007d9
-import json, shutil
+import json, os, shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.script import call_parse
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from ...clip import load_tokenizer, mini_clip, resize_positions
@@ -61,6 +62,7 @@ def encode(
     drop=0.,           # share of patches dropped
     depth=None,        # blocks before the class token is read; None for all
     window=None,       # patches a side of the windows that attention cannot leave; None for none
+    pool=False,        # read the mean of the patches in the place of the class token
 ):                     # (B, d) normalized image features
     "`encode_image` with the switches of the training."
     v = model.visual
@@ -75,7 +77,8 @@ def encode(
     h = v.ln_pre(torch.cat([(v.class_embedding + P[0]).expand(len(h), 1, -1), h], 1))
     mask = None if window is None else window_mask(at, window).repeat_interleave(v.transformer.resblocks[0].attn.num_heads, 0)
     for block in v.transformer.resblocks[:depth]: h = block(h, attn_mask=mask)
-    return F.normalize(v.ln_post(h[:, 0]) @ v.proj, dim=-1)
+    z = v.ln_post(h) @ v.proj
+    return F.normalize(z[:, 1:].mean(1) if pool else z[:, 0], dim=-1)
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #25fcff79
 def window_mask(at, window):
@@ -144,7 +147,8 @@ def __call__(self: Views, step):
     scenes, m = [self.scene() for _ in range(self.full)], self.model
     whole, crops = [self.view(s, False) for s in scenes], [self.view(scenes[i % self.full], True) for i in range(self.crops)]
     tensor = lambda views: (torch.from_numpy(np.stack([v[0] for v in views])).permute(0, 3, 1, 2).float() / 255 - .5) / .25
-    how = dict(depth=int(self.rng.choice([2, 3, 4, 5, 6], p=[.05, .05, .1, .1, .7])), window=[None, 2, 3, 5][self.rng.integers(4)])
+    how = dict(depth=int(self.rng.choice([2, 3, 4, 5, 6], p=[.05, .05, .1, .1, .7])), window=[None, 2, 3, 5, 8][self.rng.integers(5)])
+    if how["window"] and self.rng.random() < .5: how |= dict(depth=None, pool=True)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):   # the quickest backward pass on a CPU
         image = torch.cat([encode(m, tensor(whole), None, .65, **how), encode(m, tensor(crops), [v[1] for v in crops], .3, **how)])
         tokens = self.tokenizer([v[2] for v in whole + crops])
@@ -181,9 +185,9 @@ def train_clip(
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #5f93ef91
 class FinerLatents:
-    "Batches of latents (n, 16, 20, 20) and token ids, 55 % of them scenes; one caption in ten is empty."
-    def __init__(self, vae, pool, model, seed=0):
-        self.vae, self.rng = vae, np.random.default_rng(seed)
+    "Batches of latents (n, 16, 20, 20) and token ids; one caption in ten is empty."
+    def __init__(self, vae, pool, model, seed=0, scenes=.7):   # scenes: their share, the rest are portraits
+        self.vae, self.share, self.rng = vae, scenes, np.random.default_rng(seed)
         self.images = {k: np.load(Path(pool) / f"{k}.npy", mmap_mode="r") for k in ("scenes", "portraits")}
         self.ids = {k: model.tokens(json.loads((Path(pool) / f"{k}.json").read_text())) for k in self.images}
         self.z = {k: torch.zeros(2 * len(x), 16, SIZE // 8, SIZE // 8, dtype=torch.half) for k, x in self.images.items()}
@@ -196,7 +200,7 @@ class FinerLatents:
         self.known[kind][index] = True
 
     def __call__(self, n):
-        scenes, z, ids = int((self.rng.random(n) < .55).sum()), [], []
+        scenes, z, ids = int((self.rng.random(n) < self.share).sum()), [], []
         for kind, k in (("scenes", scenes), ("portraits", n - scenes)):
             index = torch.from_numpy(self.rng.integers(0, len(self.z[kind]), k))
             if (new := index[~self.known[kind][index]].unique()).numel(): self._encode(kind, new)
@@ -228,4 +232,19 @@ def train_unet(
     def evaluate(average):
         probe.load_state_dict(average); ship_sd(probe, vae, folder / "pipeline")
         return dict(known=sum(k.sum().item() for k in latents.known.values()))
-    return fit(model, DiffusionLoss(model, latents, batch), folder, rate, batch, minutes, steps, decay=.9995, save_minutes=10, evaluate=evaluate)
+    loss = DiffusionLoss(model, latents, batch, middle=350)   # attention is read at step 200
+    return fit(model, loss, folder, rate, batch, minutes, steps, decay=.9995, fall=.25, save_minutes=10, evaluate=evaluate)
+
+@call_parse
+def main(
+    folder: str,           # checkpoint, log and, with every checkpoint, the folder `pipeline`
+    pool: str,             # what `write_pool` wrote
+    weights: str,          # a pipeline folder to start from where there is no checkpoint
+    minutes: float = 60,   # budget of this call
+    rate: float = 8e-4,    # highest learning rate
+    batch: int = 16,       # pictures a step and process
+):
+    "Train the finer diffusion model on the CPU, alone or as one of the processes of torchrun"
+    torch.set_num_threads(1)
+    if "RANK" in os.environ: torch.distributed.init_process_group("gloo")
+    train_unet(folder, pool, weights, minutes=minutes, rate=rate, batch=batch)
