@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import diclip
-from diclip.batches import TrainingSet
+from diclip.datasets.batches import TrainingSet
 from diclip.cache import build_cache
 from diclip.clip import load_clip
 from diclip.config import profile

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from diclip.clip import (READOUTS, ConvStem, DenseCLIP, WeightsError, embed_image, load_clip, load_tokenizer, mini_clip,
                          mix_values, resize_positions, self_attention)
-from diclip.clip_weights import find_folder, folder_clip, hub_clip
+from diclip.engine.clip_weights import find_folder, folder_clip, hub_clip
 from diclip.config import profile
 
 MERGES = ["b o", "bo a", "boa t</w>", "b i", "r d</w>", "bi rd</w>"]

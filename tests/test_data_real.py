@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diclip import download
-from diclip.augment import FILL, View, augment, draw_view, look, look_mask
-from diclip.coco import COCO, open_any, paint_instances
+from diclip.datasets.augment import FILL, View, augment, draw_view, look, look_mask
+from diclip.datasets.coco import COCO, open_any, paint_instances
 from diclip.config import COCO_CLASSES, VOC_CLASSES, profile
 from diclip.data import VOC, MiniWorld, palette
-from diclip.download import ARCHIVES, Archive, check_archive, fetch, get_data, missing_files, unpack, verify_data
-from diclip.index import index_places, labels_of, remember, write_atomic
-from diclip.sbd import read_sbd, sbd_to_voc, train_aug_ids
+from diclip.datasets.download import ARCHIVES, Archive, check_archive, fetch, get_data, missing_files, unpack, verify_data
+from diclip.datasets.index import index_places, labels_of, remember, write_atomic
+from diclip.datasets.sbd import read_sbd, sbd_to_voc, train_aug_ids
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +239,7 @@ def test_coco_splits(coco):
 
 def test_coco_index_spares_the_annotation_file(coco, monkeypatch):
     first = labels_of(COCO(coco, "train"))
-    monkeypatch.setattr("diclip.coco.read_annotations", lambda path: 1 / 0)
+    monkeypatch.setattr("diclip.datasets.coco.read_annotations", lambda path: 1 / 0)
     assert labels_of(COCO(coco, "train", masks=False)) == first
     monkeypatch.undo()
     write_coco(coco, "train", instances()[4:])
@@ -514,7 +514,7 @@ def test_voc_and_sbd_from_the_server(server, voc, sbd, tmp_path, monkeypatch):
 
 
 def test_the_command(server, tmp_path, monkeypatch, capsys):
-    from diclip.coco import open_any
+    from diclip.datasets.coco import open_any
     content = zipped({"val2014/a.jpg": b"1", "val2014/b.jpg": b"2"})
     monkeypatch.setitem(ARCHIVES, "coco", (offer(server, "val2014.zip", content, {"coco/val2014": 3}, "coco"),))
     with pytest.raises(SystemExit, match="coco/val2014 is incomplete: delete val2014.zip"): download.diclip_data("coco", str(tmp_path))

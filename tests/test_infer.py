@@ -17,7 +17,7 @@ from diclip.crf import crf_all, dense_crf
 from diclip.data import MiniWorld, palette
 from diclip.head import ConvHead, TransformerHead, raw_tokens
 from diclip.infer import head_logits, multi_scale_cams, segment_scores, views
-from diclip.output import FOLDER, overlay_png, predict, replacing, save_label, submission
+from diclip.app.output import FOLDER, overlay_png, predict, replacing, save_label, submission
 
 quick = settings(deadline=None, max_examples=15)
 few = settings(deadline=None, max_examples=6)

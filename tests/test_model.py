@@ -9,7 +9,7 @@ from diclip import DiCLIP
 from diclip.cache import cache_from_features
 from diclip.config import profile
 from diclip.data import MiniWorld
-from diclip.keys import diffusion_attention
+from diclip.vce import diffusion_attention
 
 SIDE, GRID = profile("mini").crop, profile("mini").grid
 N = GRID[0] * GRID[1]

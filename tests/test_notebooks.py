@@ -29,7 +29,7 @@ def test_notebook_runs(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/experiments").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_experiment_runs_small(path, tmp_path):
-    from diclip.cli import run_notebook
+    from diclip.app.repro import run_notebook
     record = run_notebook(path.stem, tmp_path, **SMALL[path.stem])
     assert record["experiment"] == path.stem and record["protocol"] and record["environment"]["versions"]["torch"]
     for name, row in record["results"].items():
@@ -83,7 +83,7 @@ def shipped():
 
 
 def test_components_run_on_a_folder_in_voc_format(tmp_path):
-    from diclip.cli import run_notebook
+    from diclip.app.repro import run_notebook
     from diclip.data import MiniWorld, export_voc
     for split in ("train", "val"):
         export_voc(MiniWorld(split, 16)[:], tmp_path / "VOC2012", split)

@@ -14,10 +14,6 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
-def source_of(module):
-    return re.search(r"File to edit: (?:\.\./)+nbs/(.+)\.ipynb", module.read_text()).group(1)
-
-
 @pytest.mark.parametrize("module", MODULES, ids=name_of)
 def test_every_module_imports_alone(module):
     done = python(f"import {name_of(module)}")
@@ -42,12 +38,58 @@ def imports(module):
             yield from (a.name for a in node.names if a.name.startswith("diclip."))
 
 
+LAYERS = """config shapes world data plot metrics
+engine.files engine.checkpoint engine.clip_weights engine.sd_weights engine.unet_attention imagepool
+datasets.index datasets.sbd datasets.coco datasets.augment datasets.batches datasets.download
+clip cam labels affinity
+sd acr vce
+keys cache retrieval
+losses head supervision train infer crf
+model app.output app.experiment app.repro app.commands
+mini.pool mini.training mini.vocabulary mini.clip mini.vae mini.unet mini.card mini.finer.world mini.finer.training""".split()
+
+
 def test_no_arrow_back():
-    order = {name_of(m): source_of(m) for m in MODULES}
+    "Every module imports earlier ones of this list only; so there is no circle either."
+    order = {f"diclip.{name}": i for i, name in enumerate(LAYERS)}
+    assert set(order) == {name_of(m) for m in MODULES}, "a module is missing in LAYERS, or one too many"
     for m in MODULES:
         for other in imports(m):
-            if other in order:
-                assert order[other] < order[name_of(m)], f"{name_of(m)} ({order[name_of(m)]}) imports {other} ({order[other]})"
+            if other in order: assert order[other] < order[name_of(m)], f"{name_of(m)} imports {other}, which comes later in LAYERS"
+
+
+def test_few_rooms_at_the_top():
+    rooms = {p.relative_to(ROOT / "diclip").parts[0] for p in MODULES}
+    assert len(rooms) <= 32, sorted(rooms)
+
+
+ROUTE = """1_ground/12_world 1_ground/15_metrics 2_clip/21_clip 2_clip/22_cam 2_clip/23_labels 3_vce/32_sd 3_vce/33_acr 3_vce/34_vce
+4_cache/41_keys 4_cache/42_cache 4_cache/43_retrieval 5_training/54_train""".split()
+
+
+def test_no_page_of_the_students_route_needs_a_page_behind_it():
+    page = {}     # module -> the page that makes it
+    for m in MODULES: page[name_of(m)] = re.search(r"File to edit: (?:\.\./)+nbs/(.+)\.ipynb", m.read_text()).group(1)
+    for here in ROUTE:
+        code = [c for c in json.loads((ROOT / f"nbs/{here}.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+        for needed in re.findall(r"^\s*from (diclip\.[\w.]+) import", "\n".join("".join(c["source"]) for c in code), re.M):
+            there = page[needed]
+            if needed != "diclip.plot" and there[0].isdigit(): assert there < here, f"{here} needs {there}"
+
+
+def test_every_page_is_linked_and_knows_its_neighbors():
+    index = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"])
+    for p in NOTEBOOKS:
+        name = p.relative_to(ROOT / "nbs").as_posix()
+        assert name == "index.ipynb" or f"]({name})" in index, f"{name} is linked from nowhere in the index"
+    done = subprocess.run([sys.executable, str(ROOT / ".ci/pages"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_route_of_the_index_is_the_route_of_this_test():
+    index = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"])
+    route = index.split("### Student")[1].split("###")[0]
+    assert [l for l in re.findall(r"\]\(([\w/]+)\.ipynb\)", route) if l in ROUTE] == ROUTE
 
 
 def test_only_notebooks_plot():

@@ -12,11 +12,11 @@ from helpers_sd import SD21_UNET, random_mini_sd, random_sd21_topology_reduced_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diclip.clip_weights import WeightsError
+from diclip.engine.clip_weights import WeightsError
 from diclip.config import profile
 from diclip.imagepool import generate_pool, image_seed, read_pool
 from diclip.sd import draw_noise, load_sd
-from diclip.unet import attention_map, capture_self_attention, resize_tokens, self_attention_layers
+from diclip.engine.unet_attention import attention_map, capture_self_attention, resize_tokens, self_attention_layers
 
 torch.set_num_threads(1)
 PROMPT = "a photo of a {category}"

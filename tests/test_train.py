@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from diclip.batches import Order, TrainingSet, batches, collate, positions
-from diclip.checkpoint import load_checkpoint, save_checkpoint
+from diclip.datasets.batches import Order, TrainingSet, batches, collate, positions
+from diclip.engine.checkpoint import load_checkpoint, save_checkpoint
 from diclip.config import profile
 from diclip.data import MiniWorld, export_voc, palette, VOC
 from diclip.supervision import pack, unpack
@@ -79,7 +79,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
 def test_a_kill_between_the_two_files_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, {"w": torch.zeros(2)}, dict(iteration=1))
     def die(*_): raise KeyboardInterrupt
-    monkeypatch.setattr("diclip.checkpoint.write_json", die)
+    monkeypatch.setattr("diclip.engine.checkpoint.write_json", die)
     with pytest.raises(KeyboardInterrupt): save_checkpoint(tmp_path, {"w": torch.ones(2)}, dict(iteration=2))
     tensors, state = load_checkpoint(tmp_path)
     assert state["iteration"] == 1 and not tensors["w"].any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diclip.batches import TrainingSet, batches
+from diclip.datasets.batches import TrainingSet, batches
 from diclip.cache import cache_from_pooled
 from diclip.clip import DenseCLIP
 from diclip.config import profile

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from ..clip import load_tokenizer, mini_clip
-from ..files import write_atomic
+from ..engine.files import write_atomic
 from .pool import WORDS, named, read_pool
 from .training import fit, read_log, started
 from .vocabulary import corpus, learn_merges, write_open_clip

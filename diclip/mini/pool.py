@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import numpy as np
 from ..config import PROMPT
-from ..files import replacing, write_atomic
+from ..engine.files import replacing, write_atomic
 from ..world import BACKGROUNDS, CLASSES, caption, render
 
 # %% ../../nbs/mini/10_pool.ipynb #fc7c697e

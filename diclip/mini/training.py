@@ -9,7 +9,7 @@ __all__ = ['schedule', 'started', 'save_state', 'load_state', 'rank', 'processes
 import json, time
 from pathlib import Path
 import torch
-from ..checkpoint import load_checkpoint, optimizer_tensors, part, read_log, restore_optimizer, save_checkpoint
+from ..engine.checkpoint import load_checkpoint, optimizer_tensors, part, read_log, restore_optimizer, save_checkpoint
 _all_ = ["read_log"]
 
 # %% ../../nbs/mini/11_training.ipynb #ba3eb4ac

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from ...clip import load_tokenizer, mini_clip, resize_positions
 from ...config import PROMPT
-from ...files import write_atomic
+from ...engine.files import write_atomic
 from ..clip import average_precision, caption_loss, clip_config, word_loss, word_prompts
 from .world import BACKGROUNDS, CLASSES, MIN_PIXELS, SIZE, caption, render
 from ..training import fit, rank, read_log, started
@@ -235,6 +235,7 @@ def train_unet(
     loss = DiffusionLoss(model, latents, batch, middle=350)   # attention is read at step 200
     return fit(model, loss, folder, rate, batch, minutes, steps, decay=.9995, fall=.25, save_minutes=10, evaluate=evaluate)
 
+# %% ../../../nbs/mini/finer/02_training.ipynb #2cdb66c6
 @call_parse
 def main(
     folder: str,           # checkpoint, log and, with every checkpoint, the folder `pipeline`
