@@ -16,7 +16,7 @@ from torch import Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
 from .engine.files import write_atomic
-from .keys import to_batch, patch_masks, masked_average_pool, pool_images, cluster_keys, cache_values
+from .keys import patch_masks, masked_average_pool, pool_images, cluster_keys, cache_values
 from .vce import vce_features
 
 # %% ../nbs/4_cache/42_cache.ipynb #f8063911

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VOC_FOLDERS', 'VOC_HELP', 'Sample', 'to_rgb', 'read_image', 'batch_images', 'multi_hot', 'MiniWorld', 'palette',
-           'palette_image', 'export_voc', 'VOC', 'open_dataset']
+           'palette_image', 'export_voc', 'VOC']
 
 # %% ../nbs/1_ground/13_data.ipynb #c9539a8d
 import os
@@ -183,15 +183,3 @@ def mask(self: VOC, name: str) -> np.ndarray:
     if (bad := mask[(mask > len(self.classes)) & (mask < 255)]).size:
         raise ValueError(f"the mask of {name} has class {bad[0]}, but there are {len(self.classes)} classes: pass the data set's own classes")
     return mask
-
-# %% ../nbs/1_ground/13_data.ipynb #d8e0b240
-def open_dataset(
-    profile,                     # a `diclip.config.Profile`
-    split: str,                  # "train", "val" or "test"
-    root=None,                   # data folder in VOC's format; None for the mini world
-    n: int | None = None,        # only the first n
-) -> Sequence:
-    "The samples of a split. Raises ValueError where a data folder is needed and not given."
-    if root is not None: return VOC(root, split, n, profile.classes)
-    if tuple(profile.classes) == CLASSES: return MiniWorld(split, n)
-    raise ValueError(f"the classes of profile {profile.name!r} are not rendered: pass --data ROOT; {VOC_HELP}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .datasets.batches import TrainingSet
 from .cache import Cache, build_cache as make_cache
-from .cam import patch_text_cam, resize_maps
+from .cam import resize_maps
 from .engine.checkpoint import load_checkpoint, save_checkpoint, write_json
 from .clip import load_clip
 from .crf import dense_crf
@@ -24,9 +24,9 @@ from .data import Sample, batch_images, read_image, to_rgb
 from .imagepool import profile_pool
 from .infer import multi_scale_cams, segment_scores
 from .vce import diffusion_attention, fuse_attention, refine, vce_features
-from .retrieval import Adapter, cache_cam, dynamic_cam, static_cam
+from .retrieval import Adapter
 from .sd import load_sd
-from .supervision import Frozen, augmented, precompute, store_targets
+from .supervision import Frozen, augmented, class_maps, precompute, store_targets, supervising_cam
 from .train import Learner, Student, check_folder, new_head, new_student, train
 
 # %% ../nbs/6_use/61_model.ipynb #73e46d1f
@@ -133,11 +133,9 @@ def class_indices(
 @torch.no_grad()
 def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:
     "(B, C, N) CAMs of prepared images: (1) on VCE features, plus the adapter's votes (13) or the cache's (11) if there are any."
-    p = self.profile
-    F = vce_features(self.clip, self.sd, x, p)
-    M = patch_text_cam(F, self.text, labels, remove_redundancy=p.redundancy, norm=p.norm)
-    if self.adapter is not None: return dynamic_cam(M, self.adapter(F), p.dynamic_beta, labels, p.dynamic_votes, p.norm)
-    return M if self.cache is None else static_cam(M, cache_cam(F, self.cache, p.sharpness, norm=p.norm), p.beta, norm=p.norm)
+    found = class_maps(self.clip, self.sd, self.text, x, labels, self.profile, self.cache)
+    votes = None if self.adapter is None else self.adapter(found["features"])
+    return supervising_cam(found, labels, votes, self.profile)
 
 # %% ../nbs/6_use/61_model.ipynb #4d6ea17f
 @patch

@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 
 from diclip.cache import Cache, build_cache, cache_from_features, class_images, tsne
 from diclip.config import profile
-from diclip.keys import cache_values, cluster_keys, foreground_masks, masked_average_pool, object_masks, patch_masks, pool_images, to_batch
+from diclip.data import batch_images
+from diclip.keys import cache_values, cluster_keys, foreground_masks, masked_average_pool, object_masks, patch_masks, pool_images
 
 quick = settings(deadline=None, max_examples=25)
 few = settings(deadline=None, max_examples=5)     # k-means takes a while
@@ -382,7 +383,7 @@ def test_batches_do_not_change_the_pooling():
 
 
 def test_pictures_of_any_size_enter_at_the_crop():
-    x = to_batch([np.full((20, 30, 3), 255, np.uint8), np.zeros((32, 32, 3), np.uint8)], 32)
+    x = batch_images([np.full((20, 30, 3), 255, np.uint8), np.zeros((32, 32, 3), np.uint8)], 32)
     assert x.shape == (2, 3, 32, 32) and x[0].min() > .999 and x[1].max() == 0
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diclip import download
+from diclip.datasets import download
 from diclip.datasets.augment import FILL, View, augment, draw_view, look, look_mask
-from diclip.datasets.coco import COCO, open_any, paint_instances
+from diclip.datasets.coco import COCO, open_dataset, paint_instances
 from diclip.config import COCO_CLASSES, VOC_CLASSES, profile
 from diclip.data import VOC, MiniWorld, palette
 from diclip.datasets.download import ARCHIVES, Archive, check_archive, fetch, get_data, missing_files, unpack, verify_data
@@ -75,15 +75,15 @@ def test_voc_without_masks(voc):
     assert [(s.mask, s.labels, s.image.shape) for s in test] == [(None, (), (40, 60, 3))] * 2
     with pytest.raises(ValueError, match="has no mask in SegmentationClass"): VOC(voc, "test")[0]
     with pytest.raises(ValueError, match="read without masks"): labels_of(test)
-    assert open_any(profile("voc"), "test", voc, masks=False)[0].mask is None
-    assert [s.labels for s in open_any(profile("voc"), "train", voc)] == [(0,), (1,)]
+    assert open_dataset(profile("voc"), "test", voc, masks=False)[0].mask is None
+    assert [s.labels for s in open_dataset(profile("voc"), "train", voc)] == [(0,), (1,)]
 
 
 def test_sbd_becomes_train_aug(voc, sbd, tmp_path):
     assert read_sbd(sbd / f"cls/{MORE[0]}.mat")[15, 15] == 20
     path = sbd_to_voc(tmp_path, voc, progress=False)
     assert path.read_text().split() == train_aug_ids(sbd, voc) == sorted(TRAIN + MORE)
-    aug = open_any(profile("voc"), "train_aug", voc)
+    aug = open_dataset(profile("voc"), "train_aug", voc)
     assert [s.labels for s in aug] == labels_of(aug, progress=False) == [(0,), (1,), (19,), (19,)]
     assert (aug[1].mask[4, 4:21] == 255).all(), "VOC's own mask wins"
     assert len(VOC(voc, "val", masks="SegmentationClassAug")) == 1 and VOC(voc, "val", masks="SegmentationClassAug")[0].labels == (2,)
@@ -230,7 +230,7 @@ def test_coco_masks_and_labels(coco, compressed):
 def test_coco_splits(coco):
     assert len(COCO(coco, "train")) == 2 and len(COCO(coco, "val")) == 3, "train has only images with a label"
     assert len(COCO(coco, "val", labelled=True)) == 2 and len(COCO(coco, "train", labelled=False)) == 3
-    data = open_any(profile("coco"), "train", coco, n=1, masks=False)
+    data = open_dataset(profile("coco"), "train", coco, n=1, masks=False)
     assert isinstance(data, COCO) and len(data) == 1 and data[0].mask is None and data[0].labels == (79,) and "api" not in vars(data)
     assert data[0:2][0].image.shape == (H, W, 3)
     for message, split in (("not public", "test"), ("no split", "minival")):
@@ -514,7 +514,7 @@ def test_voc_and_sbd_from_the_server(server, voc, sbd, tmp_path, monkeypatch):
 
 
 def test_the_command(server, tmp_path, monkeypatch, capsys):
-    from diclip.datasets.coco import open_any
+    from diclip.datasets.coco import open_dataset
     content = zipped({"val2014/a.jpg": b"1", "val2014/b.jpg": b"2"})
     monkeypatch.setitem(ARCHIVES, "coco", (offer(server, "val2014.zip", content, {"coco/val2014": 3}, "coco"),))
     with pytest.raises(SystemExit, match="coco/val2014 is incomplete: delete val2014.zip"): download.diclip_data("coco", str(tmp_path))
@@ -524,7 +524,7 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ARCHIVES, "coco", (Archive(("http://127.0.0.1:9/x.zip",), 10**18, "", {"coco/none": 1}),))
     with pytest.raises(SystemExit, match="make room"): download.diclip_data("coco", str(tmp_path))
     download.diclip_data("mini", str(tmp_path), n=3)
-    assert [s.labels for s in open_any(profile("mini"), "val", tmp_path / "mini")] == [s.labels for s in MiniWorld("val", 3)]
+    assert [s.labels for s in open_dataset(profile("mini"), "val", tmp_path / "mini")] == [s.labels for s in MiniWorld("val", 3)]
     download.diclip_data("mini", str(tmp_path), verify=True)
     assert "'test': 3" in capsys.readouterr().out
 

@@ -8,7 +8,8 @@ import torch
 from diclip import DiCLIP
 from diclip.cache import cache_from_features
 from diclip.config import profile
-from diclip.data import MiniWorld
+from diclip.data import MiniWorld, multi_hot
+from diclip.supervision import class_maps
 from diclip.vce import diffusion_attention
 
 SIDE, GRID = profile("mini").crop, profile("mini").grid
@@ -176,6 +177,22 @@ def test_norm_and_decoder_layers_are_settings_of_the_profile(mini, scenes):
     torch.testing.assert_close(other.refined(x)[1], mini.sd.attention(x, mini.profile.grid, timestep=mini.profile.timestep, layers=[2, 3]))
     assert not torch.allclose(other.refined(x)[1], mini.refined(x)[1], atol=1e-4)
     assert ((other.maps(x) == 0).float().mean(-1) >= .5).all() and ((mini.maps(x) == 0).float().mean(-1) < .5).all()
+
+
+def test_redundancy_removal_takes_the_background_words_along(mini, scenes):
+    x, maps = mini.prepare(scenes)[0], {}
+    for words in ((), mini.profile.background_words):
+        maps[words] = DiCLIP(mini.clip, mini.sd, replace(mini.profile, redundancy=True, background_words=words)).maps(x)
+        found = class_maps(mini.clip, mini.sd, mini.text, x, None, replace(mini.profile, redundancy=True, background_words=words))
+        torch.testing.assert_close(found["cam"], maps[words])
+    assert (maps[()] - maps[mini.profile.background_words]).abs().max() > .01
+
+
+def test_absent_classes_have_no_map_with_a_cache_either(mini, scenes):
+    model = DiCLIP(mini.clip, mini.sd, mini.profile)
+    model.use_cache(cache_for(mini))
+    x, labels = mini.prepare(scenes)[0], multi_hot(scenes, 8)
+    assert not model.maps(x, labels)[~labels].any() and (model.maps(x)[~labels].amax(-1) > 0).all()
 
 
 def test_the_attention_is_averaged_over_the_draws_of_the_profile(mini, scenes):

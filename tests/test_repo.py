@@ -58,6 +58,13 @@ def test_no_arrow_back():
             if other in order: assert order[other] < order[name_of(m)], f"{name_of(m)} imports {other}, which comes later in LAYERS"
 
 
+def test_every_setting_is_read():
+    from dataclasses import fields
+    from diclip.config import Profile
+    text = "\n".join(m.read_text() for m in MODULES if m.name != "config.py")
+    assert not [f.name for f in fields(Profile) if not re.search(rf"\b\w*profile\.{f.name}\b|\bp\.{f.name}\b", text)]
+
+
 def test_few_rooms_at_the_top():
     rooms = {p.relative_to(ROOT / "diclip").parts[0] for p in MODULES}
     assert len(rooms) <= 32, sorted(rooms)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diclip.config import PROFILES, profile
-from diclip.data import VOC, MiniWorld, Sample, batch_images, export_voc, multi_hot, open_dataset, read_image, to_rgb
+from diclip.data import VOC, MiniWorld, Sample, batch_images, export_voc, multi_hot, read_image, to_rgb
+from diclip.datasets.coco import open_dataset
 from diclip.shapes import CLASSES, silhouette
 from diclip.world import MIN_PIXELS, SIZE, SPLITS, render
 

@@ -107,7 +107,7 @@ def diclip_train(
     device: str = "cpu",        # "cpu" or "cuda"; accelerate launch decides for several
 ):
     "Train adapter and head on image-level labels, equations (12) to (15), and save the model"
-    from diclip.datasets.coco import open_any
+    from diclip.datasets.coco import open_dataset
     from diclip.config import profile as get_profile
     from diclip.model import DiCLIP
     from diclip.train import check_folder
@@ -115,7 +115,7 @@ def diclip_train(
     with complaints():
         check_folder(out, resume)
         p = get_profile(profile, **{k: v for k, v in changes.items() if v})
-        samples = open_any(p, split, data or None, n or None)
+        samples = open_dataset(p, split, data or None, n or None)
         m = DiCLIP.from_pretrained(p, device=str(a.device), cache=cache or None)
         with a.main_process_first():     # the others find its images and features
             if not cache: m.build_cache(out, progress=a.is_main_process)
@@ -161,14 +161,14 @@ def diclip_eval(
     device: str = "cpu",               # "cpu" or "cuda"
 ):
     "Score a trained model on masks: mIoU with its 95 % interval and the whole protocol"
-    from diclip.datasets.coco import open_any
+    from diclip.datasets.coco import open_dataset
     from diclip.metrics import ConfusionMatrix, protocol
     from diclip.model import DiCLIP
     from tqdm import tqdm
     how = dict(scales=(1.,), flip=False) if one_scale else {}
     with complaints():
         m = DiCLIP.from_pretrained(model, device=device)
-        samples, matrix = open_any(m.profile, split, data or None, n or None), ConfusionMatrix(len(m.profile.classes) + 1)
+        samples, matrix = open_dataset(m.profile, split, data or None, n or None), ConfusionMatrix(len(m.profile.classes) + 1)
         for i in tqdm(range(len(samples)), unit="image"): matrix.update(m.segment([samples[i]], crf=crf, **how)[0], samples[i].mask)
     low, high = matrix.bootstrap() if matrix.images > 1 else (float("nan"),) * 2
     print(protocol(split=f"{m.profile.name} {split}", labels=False, scales=(1.,) if one_scale else m.profile.scales, flip=not one_scale, crf=crf, threshold=None, images=len(samples)))

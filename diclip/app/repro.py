@@ -61,12 +61,12 @@ def diclip_repro(
 ):
     "Measure CLIP, + VCE, + cache and their controls, then train Table IV; print both beside the paper's numbers, write records and HTML reports"
     from diclip.config import profile as get_profile
-    from diclip.datasets.coco import open_any
+    from diclip.datasets.coco import open_dataset
     from diclip.world import CLASSES
     start, p = time.time(), get_profile(profile)
     if cache_images not in ("generated", "rendered"): raise ValueError(f"cache_images={cache_images!r}: choose generated or rendered")
     if cache_images == "rendered" and not set(p.classes) <= set(CLASSES): raise ValueError(f"cache_images='rendered' draws {', '.join(CLASSES)} only: choose generated")
-    for s in ("train", split, *([] if no_train else [train_split])): open_any(p, s, data or None)      # complain about the data now, not in the middle of the notebook
+    for s in ("train", split, *([] if no_train else [train_split])): open_dataset(p, s, data or None)      # complain about the data now, not in the middle of the notebook
     both = dict(profile=profile, data=str(Path(data).resolve()) if data else "", device=device, n_val=n_val, seeds=seeds)
     record = run_notebook("components", out, **both, n_train=n_train, split=split, per_class=per_class, remake_pool=remake_pool, cache_images=cache_images)
     print("\n" + record["table"] + "\n")
