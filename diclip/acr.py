@@ -11,6 +11,7 @@ __all__ = ['METRICS', 'PROPAGATIONS', 'row_normalize', 'oracle_attention', 'rgb_
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from .config import VceSettings
 
 # %% ../nbs/3_vce/33_acr.ipynb #47543fcd
 def row_normalize(
@@ -111,7 +112,7 @@ def _checked(A, k, metric):
 @torch.no_grad()
 def cluster_attention(
     A: Tensor,               # (B, N, N) attention
-    k: int = 9,              # groups, 1 <= k <= N (Table VI(a): 9)
+    k: int = VceSettings.groups,  # groups, 1 <= k <= N (Table VI(a): 9)
     metric: str = "kl",      # "kl" or "euclidean"
     iterations: int = 10,    # of Lloyd's algorithm
     seed: int | None = 0,    # k-means++ draws; None: farthest-point start
@@ -171,10 +172,10 @@ PROPAGATIONS = {  # name -> function of the affinity label R (B, N, N) and the c
 # %% ../nbs/3_vce/33_acr.ipynb #ea55d337
 def refine_attention(
     A: Tensor,                         # (B, N, N) non-negative attention; rows are normalized first
-    k: int = 9,                        # groups (Table VI(a): 9)
-    rounds: int = 3,                   # n (Table VII: 3); 0 returns A
+    k: int = VceSettings.groups,       # groups (Table VI(a): 9)
+    rounds: int = VceSettings.rounds,  # n (Table VII: 3); 0 returns A
     tau: float | None = None,          # confidence threshold; None: 0.2 / N (Table VI(c): 5e-4 at N = 400)
-    propagation: str = "promote",      # one of `PROPAGATIONS`
+    propagation: str = VceSettings.propagation,      # one of `PROPAGATIONS`
     regroup: bool = True,              # find groups anew in every round, or once
     metric: str = "kl",                # of `cluster_attention`
     seed: int | None = 0,              # of `cluster_attention`

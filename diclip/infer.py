@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .cam import minmax
 from .clip import check_images
+from .config import InferenceSettings
 from .head import raw_tokens
 
 # %% ../nbs/5_training/55_infer.ipynb #04544e4e
@@ -77,7 +78,7 @@ def multi_scale_cams(
     images: Tensor,          # (B, 3, H, W) in [0, 1]
     crop: int,               # pixels of the squashed side at scale 1, and of the result
     patch: int,              # of CLIP, pixels
-    scales: tuple = (1., .5, .75, 1.5),  # (log)
+    scales: tuple = InferenceSettings.cam_scales,  # (log)
     flip: bool = True,       # mirror each view as well (family)
     norm: str = "minmax",    # one of `diclip.cam.NORMS`
 ) -> Tensor:                 # (B, C, crop, crop) in [0, 1]

@@ -10,6 +10,7 @@ import math, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import patch
+from .config import LabelSettings
 
 # %% ../nbs/2_clip/23_labels.ipynb #574d9a20
 def _check_maps(maps):
@@ -52,8 +53,8 @@ def pseudo_labels(
 class PAR(nn.Module):
     "Pixel-adaptive refinement (AFA, the paper's [13]). Raises ValueError for dilations below 1, negative rounds, or a chunk below 1."
     def __init__(self,
-        dilations=(1, 2, 4, 8, 12, 24),  # distances of the neighbors, pixels; eight neighbors each
-        rounds: int = 20,                # how often the scores are averaged
+        dilations=LabelSettings.par_dilations,  # distances of the neighbors, pixels; eight neighbors each
+        rounds: int = LabelSettings.par_rounds,  # how often the scores are averaged
         chunk: int | None = None,        # images treated at a time, which bounds the memory; None: all
         color: float = .3,               # scale of the color and distance terms
         place: float = .01,              # weight of the distance term

@@ -245,7 +245,7 @@ def _read_settings(folder) -> tuple:
     record = json.loads(path.read_text())
     tuples = lambda v: tuple(map(tuples, v)) if isinstance(v, list) else v
     try: return Profile(**{k: tuples(v) for k, v in record["profile"].items()}), record
-    except (TypeError, KeyError) as e: raise ValueError(f"{Path(folder).name}/diclip.json does not fit this version of diclip ({e}): save the model again with this version") from None
+    except (TypeError, KeyError, ValueError) as e: raise ValueError(f"{Path(folder).name}/diclip.json does not fit this version of diclip ({e}): save the model again with this version") from None
 
 # %% ../nbs/6_use/61_model.ipynb #7e38eb5c
 def _read_student(folder, clip, profile, adapter):

@@ -11,13 +11,14 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .cam import minmax
+from .config import RetrievalSettings
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #cf80a718
 def retrieve(
     features: Tensor,         # (B, N, d) queries, L2-normalised
     keys: Tensor,             # (n, d), L2-normalised
     values: Tensor,           # (n, K)
-    sharpness: float = 5.5,   # b > 0 of phi(x) = exp(-b (1 - x))
+    sharpness: float = RetrievalSettings.sharpness,   # b > 0 of phi(x) = exp(-b (1 - x))
 ) -> Tensor:                  # (B, N, K) votes, not normalised
     "Dense knowledge retrieval, eq. (2); raises ValueError on shapes that disagree, NaN, or b <= 0"
     if features.ndim != 3 or keys.ndim != 2 or features.shape[-1] != keys.shape[-1]:
@@ -50,7 +51,7 @@ def suppress_background(
 def cache_cam(
     features: Tensor,         # (B, N, d), L2-normalised
     cache,                    # `Cache`: keys (n, d), values (n, C + 1)
-    sharpness: float = 5.5,   # b of eq. (2)
+    sharpness: float = RetrievalSettings.sharpness,   # b of eq. (2)
     negative: bool = True,    # False: positive cache only (Table IV)
     norm: str = "minmax",     # one of `diclip.cam.NORMS`
 ) -> Tensor:                  # (B, C, N) in [0, 1]
@@ -62,7 +63,7 @@ def cache_cam(
 def static_cam(
     vce: Tensor,              # (B, C, N) patch-text CAM of the VCE features, in [0, 1]
     cache: Tensor,            # (B, C, N) from `cache_cam`, in [0, 1]
-    beta: float = .5,         # weight of the cache (Table VI g)
+    beta: float = RetrievalSettings.beta,         # weight of the cache (Table VI g)
     labels: Tensor = None,    # (B, C) bool, the classes of each image; absent ones give 0
     norm: str = "minmax",     # one of `diclip.cam.NORMS`
 ) -> Tensor:                  # (B, C, N) in [0, 1]
@@ -78,7 +79,7 @@ class Adapter(torch.nn.Module):
     def __init__(self,
                  keys: Tensor,             # (n, d), the first layer; rows need not have length 1
                  values: Tensor,           # (n, C + 1), the second layer
-                 sharpness: float = 5.5,   # b of phi
+                 sharpness: float = RetrievalSettings.sharpness,   # b of phi
                 ):
         super().__init__()
         self.keys, self.values, self.sharpness = (*(torch.nn.Parameter(w.detach().clone().float()) for w in (keys, values)), sharpness)
@@ -90,10 +91,10 @@ class Adapter(torch.nn.Module):
 def from_cache(
     cls: Adapter,
     cache,                    # `Cache`
-    prompts: int = 92,        # additional pairs (Table VI f: 312 - 220 on VOC)
+    prompts: int = RetrievalSettings.prompts,        # additional pairs (Table VI f: 312 - 220 on VOC)
     noise: float = 0.,        # standard deviation of the prompts' keys; their values are 0 in any case
     random: bool = False,     # Table V: weights of the same sizes and scales, drawn at random
-    sharpness: float = 5.5,   # b of phi
+    sharpness: float = RetrievalSettings.sharpness,   # b of phi
     seed: int = 0,            # of noise and random weights
 ):
     "An adapter that starts as `cache`. Raises ValueError for a negative number of prompts or negative noise."
@@ -124,7 +125,7 @@ def foreground_votes(
 def dynamic_cam(
     vce: Tensor,             # (B, C, N) patch-text CAM of the VCE features, in [0, 1]
     votes: Tensor,           # (B, N, C + 1) from an `Adapter`
-    beta: float = .5,        # weight of the adapter (Table VI g)
+    beta: float = RetrievalSettings.beta,        # weight of the adapter (Table VI g)
     labels: Tensor = None,   # (B, C) bool, the classes of each image; absent ones give 0
     how: str = "softmax",    # reading of the votes, see `foreground_votes`
     norm: str = "minmax",    # one of `diclip.cam.NORMS`

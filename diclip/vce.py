@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from .acr import refine_attention
+from .config import VceSettings
 
 # %% ../nbs/3_vce/34_vce.ipynb #7581ca33
 FUSIONS = {  # Table XII: name -> function of CLIP's patch block A (B, H, N, N) and S = alpha * SD's attention (B, 1, N, N)
@@ -35,7 +36,7 @@ def _check(clip, sd, mode):
 def fuse_attention(
     clip: Tensor,             # (B, H, N+1, N+1) CLIP's attention, class token first, rows sum to 1
     sd: Tensor,               # (B, N, N) diffusion attention, rows sum to 1
-    alpha: float = 1.,        # weight of `sd` (Table VI(d): 1)
+    alpha: float = VceSettings.alpha,  # weight of `sd` (Table VI(d): 1)
     mode: str = "additive",   # one of `FUSIONS` (Table XII)
 ) -> Tensor:                  # (B, H, N+1, N+1); patch rows are not normalized
     "Equation (7): fuse the patch block of CLIP's attention with SD's; the class token's row and column stay. Raises ValueError for shapes that do not fit, NaN, unknown modes."
@@ -49,10 +50,10 @@ def enhanced_features(
     clip,                     # `diclip.clip.DenseCLIP`
     images: Tensor,           # (B, 3, H, W) RGB in [0, 1]
     attention: Tensor,        # (B, N, N) refined diffusion attention on CLIP's grid
-    layers: int = 3,          # L, last layers that are enhanced (Table VI(b): 3)
-    alpha: float = 1.,        # weight of the diffusion attention (Table VI(d): 1)
+    layers: int = VceSettings.layers,  # L, last layers that are enhanced (Table VI(b): 3)
+    alpha: float = VceSettings.alpha,  # weight of the diffusion attention (Table VI(d): 1)
     mode: str = "additive",   # one of `FUSIONS` (Table XII)
-    readout: str = "last",    # one of `diclip.clip.READOUTS`
+    readout: str = VceSettings.readout,  # one of `diclip.clip.READOUTS`
 ) -> Tensor:                  # (B, N, d) L2-normalized patch features
     "The VCE encoder: patch features of CLIP with equation (7) in its last layers. Raises ValueError as `fuse_attention` and `DenseCLIP.dense` do."
     edit = partial(fuse_attention, sd=attention, alpha=alpha, mode=mode)

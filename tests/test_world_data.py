@@ -45,6 +45,28 @@ def test_profiles_refuse_what_they_do_not_know():
     assert {n: p.grid for n, p in PROFILES.items()} == dict(mini=(SIZE // 8,) * 2, voc=(20, 20), coco=(20, 20))
 
 
+def test_settings_are_checked_when_they_are_set_and_name_what_there_is():
+    from dataclasses import replace
+    from typing import get_args
+    from diclip.acr import PROPAGATIONS
+    from diclip.cam import NORMS
+    from diclip.clip import READOUTS
+    from diclip.config import FusionName, CamSettings, HeadSettings, PropagationName, ReadoutName, RetrievalSettings
+    from diclip.head import HEADS
+    from diclip.retrieval import READINGS
+    from diclip.vce import FUSIONS
+    for names, there in ((PropagationName, PROPAGATIONS), (ReadoutName, READOUTS), (FusionName, FUSIONS), (HeadSettings.__annotations__["head"], HEADS),
+                         (CamSettings.__annotations__["norm"], NORMS), (RetrievalSettings.__annotations__["dynamic_votes"], READINGS)):
+        assert set(get_args(names)) == set(there)
+    p = profile("mini")
+    for wrong in (dict(alpha=-1), dict(tau_n=float("nan")), dict(steps=0), dict(groups=2.5), dict(timestep=1000), dict(sd_layers=(-1,)), dict(rescale=(.5,)), dict(fusion="sum"),
+                  dict(foreground_weight=1.5), dict(mask_threshold=1.), dict(thresholds=(.2, 3.)), dict(crop="wide")):
+        name, value = next(iter(wrong.items()))
+        with pytest.raises(ValueError) as e: replace(p, **wrong)
+        assert str(e.value).startswith(f"setting {name}") and "\n" not in str(e.value) and "http" not in str(e.value), e.value
+        with pytest.raises(ValueError, match=f"setting {name}"): profile("mini", **wrong)
+
+
 def picture(tmp_path, name, image):
     image.save(tmp_path / name)
     return read_image(tmp_path / name)

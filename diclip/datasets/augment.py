@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from ..config import TrainingSettings
 
 # %% ../../nbs/appendix/c4_augment.ipynb #08047c5c
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ def draw_view(
     shape: tuple,                # (H, W) of the image
     rng: np.random.Generator,    # the only source of chance
     crop: int = 320,             # height and width of the crop, pixels (log)
-    long_side=(512, 2048),       # range of the long side, pixels; None leaves the image as it is (family)
-    rescale=(.5, 2.),            # range of a factor after that; None for 1 (family)
+    long_side=TrainingSettings.long_side,       # range of the long side, pixels; None leaves the image as it is (family)
+    rescale=TrainingSettings.rescale,            # range of a factor after that; None for 1 (family)
     flip: bool = True,           # mirror half of the images (family)
 ) -> View:
     "Draw size, position and mirror. Raises ValueError for ranges that are empty or not positive."
@@ -80,8 +81,8 @@ def augment(
     image: np.ndarray,           # (H, W, 3) uint8
     rng: np.random.Generator,    # the only source of chance
     crop: int = 320,             # pixels (log)
-    long_side=(512, 2048),       # of `draw_view`
-    rescale=(.5, 2.),            # of `draw_view`
+    long_side=TrainingSettings.long_side,       # of `draw_view`
+    rescale=TrainingSettings.rescale,            # of `draw_view`
     flip: bool = True,           # of `draw_view`
     mask: np.ndarray | None = None,  # (H, W) uint8, follows the same view
     fill=FILL,                   # RGB in [0, 1] of the padding
