@@ -15,53 +15,63 @@ from .config import VceSettings
 
 # %% ../nbs/3_vce/33_acr.ipynb #47543fcd
 def row_normalize(
-    A: Tensor,                       # (..., N, N) non-negative
-    fallback: Tensor | None = None,  # (..., N, N) what a row becomes that sums to 0; None: the patch attends to itself
-) -> Tensor:                         # (..., N, N), rows sum to 1
+    A: Tensor,  # (..., N, N) non-negative
+    fallback: (
+        Tensor | None
+    ) = None,  # (..., N, N) what a row becomes that sums to 0; None: the patch attends to itself
+) -> Tensor:  # (..., N, N), rows sum to 1
     "Divide every row by its sum; rows without mass are taken from `fallback`, never NaN."
     total, tiny = A.sum(-1, keepdim=True), torch.finfo(A.dtype).tiny
-    if fallback is None: fallback = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    if fallback is None:
+        fallback = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return torch.where(total > tiny, A / total.clamp_min(tiny), fallback)
 
 # %% ../nbs/3_vce/33_acr.ipynb #ba31287d
 def oracle_attention(
-    masks: Tensor,               # (B, H, W) int: 0 background, c + 1 = class c, 255 ignored
-    num_classes: int,            # C, foreground classes
-    grid: tuple[int, int],       # (h, w) patches
-) -> Tensor:                     # (B, N, N), N = h * w, rows sum to 1
-    "Control: patches attend to patches of the same ground-truth class. Raises ValueError for labels above `num_classes`."
+    masks: Tensor,  # (B, H, W) int: 0 background, c + 1 = class c, 255 ignored
+    num_classes: int,  # C, foreground classes
+    grid: tuple[int, int],  # (h, w) patches
+) -> Tensor:  # (B, N, N), N = h * w, rows sum to 1
+    """Control: patches attend to patches of the same ground-truth class.
+    Raises ValueError for labels above `num_classes`."""
     known = masks != 255
     labels = masks.where(known, torch.zeros_like(masks)).long()
-    if labels.max() > num_classes: raise ValueError(f"masks hold label {int(labels.max())}, but there are {num_classes} classes: pass the number of foreground classes.")
+    if labels.max() > num_classes:
+        raise ValueError(
+            f"masks hold label {int(labels.max())}, but there are {num_classes} classes: pass the number of"
+            " foreground classes."
+        )
     onehot = F.one_hot(labels, num_classes + 1) * known[..., None]
     y = F.adaptive_avg_pool2d(onehot.permute(0, 3, 1, 2).float(), grid).flatten(2).mT
     return row_normalize(y @ y.mT)
 
+
 def rgb_attention(
-    images: Tensor,              # (B, 3, H, W) RGB in [0, 1]
-    grid: tuple[int, int],       # (h, w) patches
-    temperature: float = .02,    # of the softmax over squared color distances
-) -> Tensor:                     # (B, N, N), N = h * w, rows sum to 1
+    images: Tensor,  # (B, 3, H, W) RGB in [0, 1]
+    grid: tuple[int, int],  # (h, w) patches
+    temperature: float = 0.02,  # of the softmax over squared color distances
+) -> Tensor:  # (B, N, N), N = h * w, rows sum to 1
     "Control: patches attend to patches of a similar mean color."
     y = F.adaptive_avg_pool2d(images, grid).flatten(2).mT
     return (-torch.cdist(y, y).square() / temperature).softmax(-1)
 
+
 def neighbor_attention(
-    count: int,                  # B, images
-    grid: tuple[int, int],       # (h, w) patches
-    width: float = 1.5,          # standard deviation, in patches
-) -> Tensor:                     # (B, N, N), N = h * w, rows sum to 1
+    count: int,  # B, images
+    grid: tuple[int, int],  # (h, w) patches
+    width: float = 1.5,  # standard deviation, in patches
+) -> Tensor:  # (B, N, N), N = h * w, rows sum to 1
     "Control: patches attend to what is near, whatever is in the image."
     at = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float) for n in grid))
     return (-torch.cdist(at, at).square() / (2 * width**2)).softmax(-1).expand(count, -1, -1)
 
 # %% ../nbs/3_vce/33_acr.ipynb #a02e3369
 def hand_attention(
-    images: Tensor,                    # (B, 3, H, W) RGB in [0, 1]
-    grid: tuple[int, int],             # (h, w) patches
-    width: float,                      # standard deviation of nearness, in patches
+    images: Tensor,  # (B, 3, H, W) RGB in [0, 1]
+    grid: tuple[int, int],  # (h, w) patches
+    width: float,  # standard deviation of nearness, in patches
     temperature: float | None = None,  # of the color, as in `rgb_attention`; None: nearness alone
-) -> Tensor:                           # (B, N, N), N = h * w, rows sum to 1
+) -> Tensor:  # (B, N, N), N = h * w, rows sum to 1
     "Control: patches attend to what is near and of a similar color, the product of both."
     near = neighbor_attention(len(images), grid, width).to(images)
     return near if temperature is None else row_normalize(near * rgb_attention(images, grid, temperature))
@@ -69,26 +79,29 @@ def hand_attention(
 # %% ../nbs/3_vce/33_acr.ipynb #9d481878
 METRICS = "euclidean", "kl"
 
+
 def distances(
-    rows: Tensor,     # (B, N, M) points; for "kl" each sums to 1
+    rows: Tensor,  # (B, N, M) points; for "kl" each sums to 1
     centers: Tensor,  # (B, k, M)
-    metric: str,      # one of `METRICS`
-) -> Tensor:          # (B, N, k), non-negative
+    metric: str,  # one of `METRICS`
+) -> Tensor:  # (B, N, k), non-negative
     "Squared Euclidean distance of rows from centers, or their KL divergence."
-    if metric == "euclidean": return torch.cdist(rows, centers).square()
+    if metric == "euclidean":
+        return torch.cdist(rows, centers).square()
     cross = rows @ centers.clamp_min(1e-8).log().mT
     return (torch.xlogy(rows, rows).sum(-1, keepdim=True) - cross).clamp_min(0)
 
 # %% ../nbs/3_vce/33_acr.ipynb #38ba9a2e
 def start_centers(
-    rows: Tensor,     # (B, N, M)
-    k: int,           # number of centers
-    metric: str,      # one of `METRICS`
-    seed: int | None, # of the k-means++ draws; None: farthest points, no randomness
-) -> Tensor:          # (B, k, M), rows of the input
+    rows: Tensor,  # (B, N, M)
+    k: int,  # number of centers
+    metric: str,  # one of `METRICS`
+    seed: int | None,  # of the k-means++ draws; None: farthest points, no randomness
+) -> Tensor:  # (B, k, M), rows of the input
     "Rows far from each other: the start of k-means."
     draws = torch.ones(k, rows.shape[1])
-    if seed is not None: draws.exponential_(generator=torch.Generator().manual_seed(seed))
+    if seed is not None:
+        draws.exponential_(generator=torch.Generator().manual_seed(seed))
     near, centers = distances(rows, rows.mean(1, keepdim=True), metric)[..., 0], []
     for i, draw in enumerate(draws.to(rows)):
         pick = (near / draw).argmax(1)
@@ -100,24 +113,36 @@ def start_centers(
 # %% ../nbs/3_vce/33_acr.ipynb #14cec194
 def _checked(A, k, metric):
     "float32 (or float64) attention; raises ValueError for what cannot be clustered."
-    if A.ndim != 3 or A.shape[1] != A.shape[2]: raise ValueError(f"attention must be (B, N, N), got {tuple(A.shape)}: average the heads and drop the class token first.")
-    if not 1 <= k <= A.shape[1]: raise ValueError(f"k={k} groups cannot be made of {A.shape[1]} patches: choose 1 <= k <= N.")
-    if metric not in METRICS: raise ValueError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}.")
+    if A.ndim != 3 or A.shape[1] != A.shape[2]:
+        raise ValueError(
+            f"attention must be (B, N, N), got {tuple(A.shape)}: average the heads and drop the class token"
+            " first."
+        )
+    if not 1 <= k <= A.shape[1]:
+        raise ValueError(f"k={k} groups cannot be made of {A.shape[1]} patches: choose 1 <= k <= N.")
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}.")
     A = A if A.dtype == torch.float64 else A.float()
-    if not A.isfinite().all(): raise ValueError("attention holds NaN or infinity: check the image and the model's precision (float16 overflows in some UNets).")
-    if (A < 0).any(): raise ValueError("attention holds negative values: pass it after the softmax.")
+    if not A.isfinite().all():
+        raise ValueError(
+            "attention holds NaN or infinity: check the image and the model's precision (float16 overflows in"
+            " some UNets)."
+        )
+    if (A < 0).any():
+        raise ValueError("attention holds negative values: pass it after the softmax.")
     return A
 
 # %% ../nbs/3_vce/33_acr.ipynb #ae8cf6db
 @torch.no_grad()
 def cluster_attention(
-    A: Tensor,               # (B, N, N) attention
+    A: Tensor,  # (B, N, N) attention
     k: int = VceSettings.groups,  # groups, 1 <= k <= N (Table VI(a): 9)
-    metric: str = "kl",      # "kl" or "euclidean"
-    iterations: int = 10,    # of Lloyd's algorithm
-    seed: int | None = 0,    # k-means++ draws; None: farthest-point start
-) -> Tensor:                 # (B, N) int64, group of each patch, 0 <= g < k
-    "Equation (4): k-means over the rows of every image's attention. Raises ValueError for wrong shapes, k > N, NaN, negative values."
+    metric: str = "kl",  # "kl" or "euclidean"
+    iterations: int = 10,  # of Lloyd's algorithm
+    seed: int | None = 0,  # k-means++ draws; None: farthest-point start
+) -> Tensor:  # (B, N) int64, group of each patch, 0 <= g < k
+    """Equation (4): k-means over the rows of every image's attention.
+    Raises ValueError for wrong shapes, k > N, NaN, negative values."""
     A = _checked(A, k, metric)
     with torch.autocast(A.device.type, enabled=False):
         rows = row_normalize(A) if metric == "kl" else A
@@ -135,62 +160,79 @@ def cluster_attention(
 # %% ../nbs/3_vce/33_acr.ipynb #d62c0355
 def affinity_label(
     groups: Tensor,  # (B, N) int
-) -> Tensor:         # (B, N, N) float, 1 where two patches share a group
+) -> Tensor:  # (B, N, N) float, 1 where two patches share a group
     "Equation (5): onehot(G) onehot(G)^T."
-    if groups.ndim != 2 or groups.is_floating_point(): raise ValueError(f"groups must be integers of shape (B, N), got {groups.dtype} {tuple(groups.shape)}.")
+    if groups.ndim != 2 or groups.is_floating_point():
+        raise ValueError(
+            f"groups must be integers of shape (B, N), got {groups.dtype} {tuple(groups.shape)}."
+        )
     return (groups[:, :, None] == groups[:, None]).float()
 
 # %% ../nbs/3_vce/33_acr.ipynb #9eeb45c5
 def threshold_label(
     A: Tensor,  # (B, N, N) attention, rows sum to 1
-) -> Tensor:    # (B, N, N) float, 1 where attention is above its mean
+) -> Tensor:  # (B, N, N) float, 1 where attention is above its mean
     "Table XI's alternative to equations (4) and (5): relations by a fixed cutoff."
     return (A > A.mean((1, 2), keepdim=True)).to(A.dtype)
 
 # %% ../nbs/3_vce/33_acr.ipynb #8b3fe7bb
 def confident(
-    A: Tensor,                # (..., N, N) attention, rows sum to 1
-    tau: float | None = None, # threshold; None: 0.2 / N, the paper's 5e-4 at N = 400
-) -> Tensor:                  # (..., N, N), rows sum to 1
-    "The reliable part of equation (6): A where it is above tau, renormalized; rows without such entries stay."
-    return row_normalize(A * (A > (.2 / A.shape[-1] if tau is None else tau)), fallback=A)
+    A: Tensor,  # (..., N, N) attention, rows sum to 1
+    tau: float | None = None,  # threshold; None: 0.2 / N, the paper's 5e-4 at N = 400
+) -> Tensor:  # (..., N, N), rows sum to 1
+    """The reliable part of equation (6): A where it is above tau, renormalized; rows without such entries
+    stay."""
+    return row_normalize(A * (A > (0.2 / A.shape[-1] if tau is None else tau)), fallback=A)
 
 # %% ../nbs/3_vce/33_acr.ipynb #5e384b49
-PROPAGATIONS = {  # name -> function of the affinity label R (B, N, N) and the confident A (B, N, N), rows sum to 1
-    "affinity":     lambda R, A: R,
-    "mask":         lambda R, A: R * A,
-    "average":      lambda R, A: row_normalize(R) @ A,
-    "two_sided":    lambda R, A: row_normalize(R) @ A @ row_normalize(R),
-    "right":        lambda R, A: A @ R,
-    "mask_square":  lambda R, A: R * (A @ A),
-    "promote":      lambda R, A: A + R * A,
-    "lazy_average": lambda R, A: (A + row_normalize(R) @ A) / 2,
-    "lazy_square":  lambda R, A: (A + row_normalize(R * (A @ A), A)) / 2,
-    "walk":         lambda R, A: A @ row_normalize(R * A),
-}
+PROPAGATIONS = (
+    {  # name -> function of the affinity label R (B, N, N) and the confident A (B, N, N), rows sum to 1
+        "affinity": lambda R, A: R,
+        "mask": lambda R, A: R * A,
+        "average": lambda R, A: row_normalize(R) @ A,
+        "two_sided": lambda R, A: row_normalize(R) @ A @ row_normalize(R),
+        "right": lambda R, A: A @ R,
+        "mask_square": lambda R, A: R * (A @ A),
+        "promote": lambda R, A: A + R * A,
+        "lazy_average": lambda R, A: (A + row_normalize(R) @ A) / 2,
+        "lazy_square": lambda R, A: (A + row_normalize(R * (A @ A), A)) / 2,
+        "walk": lambda R, A: A @ row_normalize(R * A),
+    }
+)
 
 # %% ../nbs/3_vce/33_acr.ipynb #ea55d337
 def refine_attention(
-    A: Tensor,                         # (B, N, N) non-negative attention; rows are normalized first
-    k: int = VceSettings.groups,       # groups (Table VI(a): 9)
+    A: Tensor,  # (B, N, N) non-negative attention; rows are normalized first
+    k: int = VceSettings.groups,  # groups (Table VI(a): 9)
     rounds: int = VceSettings.rounds,  # n (Table VII: 3); 0 returns A
-    tau: float | None = None,          # confidence threshold; None: 0.2 / N (Table VI(c): 5e-4 at N = 400)
-    propagation: str = VceSettings.propagation,      # one of `PROPAGATIONS`
-    regroup: bool = True,              # find groups anew in every round, or once
-    metric: str = "kl",                # of `cluster_attention`
-    seed: int | None = 0,              # of `cluster_attention`
-    history: bool = False,             # return all rounds
-    relation: str = "cluster",         # "cluster", or "threshold" (Table XI)
-) -> Tensor | list[Tensor]:            # (B, N, N), rows sum to 1; with history, the list of rounds + 1 of them
-    "Equations (4) to (6): attention clustering refinement (ACR). Raises ValueError for unknown names and what `cluster_attention` refuses."
-    if propagation not in PROPAGATIONS: raise ValueError(f"unknown propagation {propagation!r}: choose one of {', '.join(PROPAGATIONS)}.")
-    if relation not in ("cluster", "threshold"): raise ValueError(f"unknown relation {relation!r}: choose cluster or threshold.")
-    if rounds < 0: raise ValueError(f"rounds={rounds} is negative: 0 returns the attention unrefined.")
-    dtype, steps, R = A.dtype, [row_normalize(_checked(A, k, metric))], None
+    tau: float | None = None,  # confidence threshold; None: 0.2 / N (Table VI(c): 5e-4 at N = 400)
+    propagation: str = VceSettings.propagation,  # one of `PROPAGATIONS`
+    regroup: bool = True,  # find groups anew in every round, or once
+    metric: str = "kl",  # of `cluster_attention`
+    seed: int | None = 0,  # of `cluster_attention`
+    history: bool = False,  # return all rounds
+    relation: str = "cluster",  # "cluster", or "threshold" (Table XI)
+) -> Tensor | list[Tensor]:  # (B, N, N), rows sum to 1; with history, the list of rounds + 1 of them
+    """Equations (4) to (6): attention clustering refinement (ACR).
+    Raises ValueError for unknown names and what `cluster_attention` refuses."""
+    if propagation not in PROPAGATIONS:
+        raise ValueError(f"unknown propagation {propagation!r}: choose one of {', '.join(PROPAGATIONS)}.")
+    if relation not in ("cluster", "threshold"):
+        raise ValueError(f"unknown relation {relation!r}: choose cluster or threshold.")
+    if rounds < 0:
+        raise ValueError(f"rounds={rounds} is negative: 0 returns the attention unrefined.")
+    dtype = A.dtype
+    steps = [row_normalize(_checked(A, k, metric))]
+    R = None
     with torch.autocast(A.device.type, enabled=False):
         for _ in range(rounds):
             A = steps[-1]
-            if R is None or regroup: R = threshold_label(A) if relation == "threshold" else affinity_label(cluster_attention(A, k, metric, seed=seed)).to(A)
+            if R is None or regroup:
+                R = (
+                    threshold_label(A)
+                    if relation == "threshold"
+                    else affinity_label(cluster_attention(A, k, metric, seed=seed)).to(A)
+                )
             sure = confident(A, tau)
             steps.append(row_normalize(PROPAGATIONS[propagation](R, sure), fallback=sure))
     return [a.to(dtype) for a in steps] if history else steps[-1].to(dtype)

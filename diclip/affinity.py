@@ -12,12 +12,17 @@ from .cam import minmax
 
 # %% ../nbs/appendix/d1_affinity.ipynb #f7b77be7
 def sinkhorn(
-    A: Tensor,         # (B, N, N) attention, non-negative
-    rounds: int = 3,   # of dividing columns and rows (CLIP-ES: 3)
-) -> Tensor:           # (B, N, N), symmetric, rows and columns sum to about 1
+    A: Tensor,  # (B, N, N) attention, non-negative
+    rounds: int = 3,  # of dividing columns and rows (CLIP-ES: 3)
+) -> Tensor:  # (B, N, N), symmetric, rows and columns sum to about 1
     "Doubly stochastic attention, made symmetric. Raises ValueError for wrong shapes and values."
-    if A.ndim != 3 or A.shape[1] != A.shape[2]: raise ValueError(f"attention must be (B, N, N), not {tuple(A.shape)}: average the heads and drop the class token first")
-    if not A.isfinite().all() or (A < 0).any(): raise ValueError("attention must be finite and not negative: pass it after the softmax")
+    if A.ndim != 3 or A.shape[1] != A.shape[2]:
+        raise ValueError(
+            f"attention must be (B, N, N), not {tuple(A.shape)}: average the heads and drop the class token"
+            " first"
+        )
+    if not A.isfinite().all() or (A < 0).any():
+        raise ValueError("attention must be finite and not negative: pass it after the softmax")
     A = A.clamp_min(torch.finfo(A.dtype).tiny)
     for _ in range(rounds):
         A = A / A.sum(1, keepdim=True)
@@ -26,31 +31,42 @@ def sinkhorn(
 
 # %% ../nbs/appendix/d1_affinity.ipynb #2c10a90d
 def confident_boxes(
-    maps: Tensor,            # (B, C, N) in [0, 1], zero for absent classes
-    grid: tuple,             # (h, w), h * w = N
-    threshold: float = .4,   # of a map's maximum (CLIP-ES: 0.4)
-) -> Tensor:                 # (B, C, N), 1 inside the boxes
-    "Bounding boxes of the connected regions above a share of each map's maximum. Raises ValueError for a grid that does not fit or a threshold outside [0, 1)."
+    maps: Tensor,  # (B, C, N) in [0, 1], zero for absent classes
+    grid: tuple,  # (h, w), h * w = N
+    threshold: float = 0.4,  # of a map's maximum (CLIP-ES: 0.4)
+) -> Tensor:  # (B, C, N), 1 inside the boxes
+    """Bounding boxes of the connected regions above a share of each map's maximum.
+    Raises ValueError for a grid that does not fit or a threshold outside [0, 1)."""
     from scipy import ndimage
-    if maps.ndim != 3 or maps.shape[2] != grid[0] * grid[1]: raise ValueError(f"maps {tuple(maps.shape)} do not fit the grid {tuple(grid)}: give (B, C, h * w)")
-    if not 0 <= threshold < 1: raise ValueError(f"threshold {threshold} is outside [0, 1): 0.4 is the default")
-    sure = (maps > threshold * maps.amax(2, keepdim=True)).unflatten(2, tuple(grid)).flatten(0, 1).cpu().numpy()
+
+    if maps.ndim != 3 or maps.shape[2] != grid[0] * grid[1]:
+        raise ValueError(f"maps {tuple(maps.shape)} do not fit the grid {tuple(grid)}: give (B, C, h * w)")
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold {threshold} is outside [0, 1): 0.4 is the default")
+    sure = (
+        (maps > threshold * maps.amax(2, keepdim=True)).unflatten(2, tuple(grid)).flatten(0, 1).cpu().numpy()
+    )
     boxes = torch.zeros(sure.shape)
     for box, regions in zip(boxes, sure):
-        for rows, columns in ndimage.find_objects(ndimage.label(regions, structure=torch.ones(3, 3).numpy())[0]): box[rows, columns] = 1
+        for rows, columns in ndimage.find_objects(
+            ndimage.label(regions, structure=torch.ones(3, 3).numpy())[0]
+        ):
+            box[rows, columns] = 1
     return boxes.view(maps.shape).to(maps)
 
 # %% ../nbs/appendix/d1_affinity.ipynb #e2c03e08
 def affinity_refine(
-    maps: Tensor,            # (B, C, N) in [0, 1], zero for absent classes
-    A: Tensor,               # (B, N, N) attention of CLIP, mean over heads and layers
-    grid: tuple,             # (h, w) patches
-    threshold: float = .4,   # of `confident_boxes`
-    steps: int = 2,          # t, walks along the attention
-    rounds: int = 3,         # of `sinkhorn`
-) -> Tensor:                 # (B, C, N) in [0, 1]
-    "CLIP-ES's class-aware attention-based affinity. Raises ValueError as `sinkhorn` and `confident_boxes` do."
+    maps: Tensor,  # (B, C, N) in [0, 1], zero for absent classes
+    A: Tensor,  # (B, N, N) attention of CLIP, mean over heads and layers
+    grid: tuple,  # (h, w) patches
+    threshold: float = 0.4,  # of `confident_boxes`
+    steps: int = 2,  # t, walks along the attention
+    rounds: int = 3,  # of `sinkhorn`
+) -> Tensor:  # (B, C, N) in [0, 1]
+    """CLIP-ES's class-aware attention-based affinity.
+    Raises ValueError as `sinkhorn` and `confident_boxes` do."""
     S, boxes = sinkhorn(A, rounds).to(maps), confident_boxes(maps, grid, threshold)
     walked = maps
-    for _ in range(steps): walked = walked @ S
+    for _ in range(steps):
+        walked = walked @ S
     return minmax(boxes * walked)

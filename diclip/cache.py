@@ -8,6 +8,7 @@ __all__ = ['SILENT', 'Cache', 'cache_from_pooled', 'cache_from_features', 'class
 # %% ../nbs/4_cache/42_cache.ipynb #684c7f1e
 import hashlib, json
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 import numpy as np
@@ -22,23 +23,38 @@ from .vce import vce_features
 # %% ../nbs/4_cache/42_cache.ipynb #f8063911
 @dataclass(eq=False, repr=False)
 class Cache:
-    "Key-value pairs (section III-D.1): foreground rows class by class, then background rows; raises ValueError on arrays that do not fit"
-    keys: Tensor      # (n, d) float32, rows L2-normalised
-    values: Tensor    # (n, C + 1) float32; column c = class c, the last = background
-    classes: tuple    # the C names
-    meta: dict = field(default_factory=dict)   # how it was made: fingerprints, grid, seed, ...; JSON only
+    """Key-value pairs (section III-D.1): foreground rows class by class, then background rows; raises
+    ValueError on arrays that do not fit"""
+
+    keys: Tensor  # (n, d) float32, rows L2-normalised
+    values: Tensor  # (n, C + 1) float32; column c = class c, the last = background
+    classes: tuple  # the C names
+    meta: dict = field(default_factory=dict)  # how it was made: fingerprints, grid, seed, ...; JSON only
 
     def __post_init__(self):
-        self.keys, self.values, self.classes = self.keys.float(), self.values.float(), tuple(self.classes)
+        self.keys = self.keys.float()
+        self.values = self.values.float()
+        self.classes = tuple(self.classes)
         fit = len(self.keys), len(self.classes) + 1
-        if self.values.shape != fit: raise ValueError(f"{fit[0]} keys and {fit[1] - 1} classes need values {fit}, not {tuple(self.values.shape)}: the last column is the background")
-        if not (self.keys.isfinite().all() and self.values.isfinite().all()): raise ValueError("keys and values must be finite: build the cache again from finite features")
-        if len(self) and (self.keys.norm(dim=-1) - 1).abs().max() > 1e-3: raise ValueError("keys must have length 1: pass torch.nn.functional.normalize(keys, dim=-1)")
+        if self.values.shape != fit:
+            raise ValueError(
+                f"{fit[0]} keys and {fit[1] - 1} classes need values {fit}, not {tuple(self.values.shape)}:"
+                " the last column is the background"
+            )
+        if not (self.keys.isfinite().all() and self.values.isfinite().all()):
+            raise ValueError("keys and values must be finite: build the cache again from finite features")
+        if len(self) and (self.keys.norm(dim=-1) - 1).abs().max() > 1e-3:
+            raise ValueError("keys must have length 1: pass torch.nn.functional.normalize(keys, dim=-1)")
 
-    def __len__(self): return len(self.keys)
+    def __len__(self):
+        return len(self.keys)
+
     def __repr__(self):
         n = int((self.values[:, -1] != 0).sum())
-        return f"Cache({len(self)} pairs = {len(self) - n} foreground + {n} background, d={self.keys.shape[1]}, {len(self.classes)} classes)"
+        return (
+            f"Cache({len(self)} pairs = {len(self) - n} foreground + {n} background, d={self.keys.shape[1]},"
+            f" {len(self.classes)} classes)"
+        )
 
 # %% ../nbs/4_cache/42_cache.ipynb #6dcf3d8c
 @patch(as_prop=True)
@@ -46,15 +62,18 @@ def background(self: Cache) -> Tensor:
     "(n,) bool, the background rows"
     return self.values[:, -1] != 0
 
+
 @patch(as_prop=True)
 def labels(self: Cache) -> Tensor:
     "(n,) int, the class of each key; C for the background"
     return self.values.argmax(1)
 
+
 @patch
 def positive(self: Cache) -> Cache:
     "The cache without its background rows: Table IV's positive cache"
     return replace(self, keys=self.keys[~self.background], values=self.values[~self.background])
+
 
 @patch
 def rolled(self: Cache, shift: int = 1) -> Cache:
@@ -66,128 +85,205 @@ def rolled(self: Cache, shift: int = 1) -> Cache:
 def _digest(*parts) -> str:
     "16 hex digits that stand for tensors, arrays and JSON values"
     h = hashlib.sha256()
-    for p in parts: h.update(np.ascontiguousarray(p).tobytes() if isinstance(p, (Tensor, np.ndarray)) else json.dumps(p, sort_keys=True).encode())
+    for p in parts:
+        h.update(
+            np.ascontiguousarray(p).tobytes()
+            if isinstance(p, (Tensor, np.ndarray))
+            else json.dumps(p, sort_keys=True).encode()
+        )
     return h.hexdigest()[:16]
+
 
 @patch
 def save(self: Cache, path):
     "Write one safetensors file, atomically, with classes and `meta` as JSON in its header"
     from safetensors.torch import save
+
     rows = {"keys": self.keys.cpu().contiguous(), "values": self.values.cpu().contiguous()}
-    head = {"format": "diclip-cache-1", "classes": json.dumps(self.classes), "meta": json.dumps(self.meta), "digest": _digest(*rows.values())}
+    head = {
+        "format": "diclip-cache-1",
+        "classes": json.dumps(self.classes),
+        "meta": json.dumps(self.meta),
+        "digest": _digest(*rows.values()),
+    }
     write_atomic(path, lambda p: p.write_bytes(save(rows, head)))
 
 # %% ../nbs/4_cache/42_cache.ipynb #1107cc7b
 @patch(cls_method=True)
 def load(cls: Cache, path) -> "Cache":
-    "Read a file that `save` wrote; raises FileNotFoundError, or ValueError for a file that is damaged or none of ours"
+    """Read a file that `save` wrote; raises FileNotFoundError, or ValueError for a file that is damaged or
+    none of ours"""
     from safetensors import safe_open
-    if not Path(path).is_file(): raise FileNotFoundError(f"there is no cache at {path}: make one with build_cache(...) and save it there")
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"there is no cache at {path}: make one with build_cache(...) and save it there"
+        )
     try:
         with safe_open(str(path), "pt") as f:
             head, rows = f.metadata(), {k: f.get_tensor(k) for k in ("keys", "values")}
-        if head["digest"] != _digest(*rows.values()): raise ValueError("checksum differs")
+        if head["digest"] != _digest(*rows.values()):
+            raise ValueError("checksum differs")
         return cls(rows["keys"], rows["values"], json.loads(head["classes"]), json.loads(head["meta"]))
     except Exception as e:
-        raise ValueError(f"{path} is no readable cache ({type(e).__name__}: {e}): delete it and build it again with build_cache(...)") from e
+        raise ValueError(
+            f"{path} is no readable cache ({type(e).__name__}: {e}): delete it and build it again with"
+            " build_cache(...)"
+        ) from e
 
 # %% ../nbs/4_cache/42_cache.ipynb #75125810
 @patch
 def check(
     self: Cache,
-    classes=None,      # names that the reader works with
+    classes=None,  # names that the reader works with
     clip: str = None,  # the reader's CLIP fingerprint
-    sd: str = None,    # the reader's diffusion fingerprint
-    grid=None,         # (h, w) patches
-) -> "Cache":          # itself
+    sd: str = None,  # the reader's diffusion fingerprint
+    grid=None,  # (h, w) patches
+) -> "Cache":  # itself
     "Refuse a cache that was made for other classes, another CLIP, diffusion model or grid, with a ValueError"
     if classes is not None and tuple(classes) != self.classes:
-        raise ValueError(f"this cache was made for the classes {', '.join(self.classes)}, not {', '.join(classes)}: "
-                         "rebuild it with build_cache(...) for the profile that has these classes")
+        raise ValueError(
+            f"this cache was made for the classes {', '.join(self.classes)}, not {', '.join(classes)}: "
+            "rebuild it with build_cache(...) for the profile that has these classes"
+        )
     for name, want in {"clip": clip, "sd": sd, "grid": None if grid is None else list(grid)}.items():
         have = self.meta.get(name)
         if want is not None and have is not None and have != want:
-            raise ValueError(f"this cache was made with {name} {have}, not {want}: rebuild it with build_cache(...) and your {name}, or load the {name} it was made with")
+            raise ValueError(
+                f"this cache was made with {name} {have}, not {want}: rebuild it with build_cache(...) and"
+                f" your {name}, or load the {name} it was made with"
+            )
     return self
 
 # %% ../nbs/4_cache/42_cache.ipynb #87b60785
-SILENT = 1e-4   # the weight of a key that would speak against its own class
+SILENT = 1e-4  # the weight of a key that would speak against its own class
+
 
 def _class_keys(pooled, k, clustered, seed):
     "Keys of one class: zero rows (empty masks) dropped, then centroids, or all of them"
     pooled = pooled[pooled.norm(dim=-1) > 0]
-    if k == 0 or not len(pooled): return pooled[:0]
+    if k == 0 or not len(pooled):
+        return pooled[:0]
     return cluster_keys(pooled, k, seed) if clustered else F.normalize(pooled.float(), dim=-1)
 
 # %% ../nbs/4_cache/42_cache.ipynb #3d54842b
 def cache_from_pooled(
-    foreground: Tensor,              # (n, d) pooled objects (8); zero rows are dropped
-    background: Tensor,              # (n, d) pooled backgrounds; zero rows are dropped
-    class_index,                     # (n,) class of each picture, 0 to C-1
-    text: Tensor,                    # (C, d) text embeddings
-    classes,                         # C names
-    centroids: int = 10, background_centroids: int = 1,    # keys a class (Table VI e, f); 0 for the latter: no negative cache
-    clustered: bool = True,          # False: every pooled vector is a key (Table V)
-    text_weighted: bool = True,      # False: one-hot values (Table V)
-    seed: int = 0,                   # of the k-means
-    meta: dict | None = None,        # whatever else is known about the origin
+    foreground: Tensor,  # (n, d) pooled objects (8); zero rows are dropped
+    background: Tensor,  # (n, d) pooled backgrounds; zero rows are dropped
+    class_index,  # (n,) class of each picture, 0 to C-1
+    text: Tensor,  # (C, d) text embeddings
+    classes,  # C names
+    centroids: int = 10,  # keys a class (Table VI e)
+    background_centroids: int = 1,  # background keys a class (Table VI f); 0: no negative cache
+    clustered: bool = True,  # False: every pooled vector is a key (Table V)
+    text_weighted: bool = True,  # False: one-hot values (Table V)
+    seed: int = 0,  # of the k-means
+    meta: dict | None = None,  # whatever else is known about the origin
 ) -> Cache:
-    "Keys (9) and values (10) of pooled vectors; raises ValueError when a class has pictures but no foreground, or too few for its centroids"
+    """Keys (9) and values (10) of pooled vectors; raises ValueError when a class has pictures but no
+    foreground, or too few for its centroids"""
     y = torch.as_tensor(class_index).cpu()
     present = y.unique().tolist()
     pos = [_class_keys(foreground[y == c].cpu(), centroids, clustered, seed) for c in present]
     neg = [_class_keys(background[y == c].cpu(), background_centroids, clustered, seed) for c in present]
     for c, keys in zip(present, pos):
-        if not len(keys): raise ValueError(f"no picture of {classes[c]!r} has any foreground: lower mask_threshold or give other masks")
+        if not len(keys):
+            raise ValueError(
+                f"no picture of {classes[c]!r} has any foreground: lower mask_threshold or give other masks"
+            )
     index = [c for c, keys in zip(present, pos) for _ in keys]
-    V = cache_values(torch.cat(pos), text.cpu().float(), index, sum(map(len, neg)), text_weighted=text_weighted)
-    how = dict(centroids=centroids, background_centroids=background_centroids, clustered=clustered, text_weighted=text_weighted, seed=seed,
-               silenced=int((V < 0).any(1).sum()), per_class={classes[c]: int((y == c).sum()) for c in present})
+    V = cache_values(
+        torch.cat(pos), text.cpu().float(), index, sum(map(len, neg)), text_weighted=text_weighted
+    )
+    how = dict(
+        centroids=centroids,
+        background_centroids=background_centroids,
+        clustered=clustered,
+        text_weighted=text_weighted,
+        seed=seed,
+        silenced=int((V < 0).any(1).sum()),
+        per_class={classes[c]: int((y == c).sum()) for c in present},
+    )
     return Cache(torch.cat(pos + neg), torch.where(V < 0, SILENT, V), classes, {**(meta or {}), **how})
 
 # %% ../nbs/4_cache/42_cache.ipynb #065dbd64
 def cache_from_features(
-    features: Tensor,   # (n, N, d) patch features
-    masks: Tensor,      # (n, N) foreground masks in [0, 1]
-    class_index,        # (n,) class of each picture
-    text: Tensor,       # (C, d) text embeddings
-    classes,            # C names
-    **how,              # as `cache_from_pooled`
+    features: Tensor,  # (n, N, d) patch features
+    masks: Tensor,  # (n, N) foreground masks in [0, 1]
+    class_index,  # (n,) class of each picture
+    text: Tensor,  # (C, d) text embeddings
+    classes,  # C names
+    **how,  # as `cache_from_pooled`
 ) -> Cache:
     "Pool, cluster, weigh: equations (8)-(10) without any model"
-    return cache_from_pooled(masked_average_pool(features, masks), masked_average_pool(features, 1 - masks.float()), class_index, text, classes, **how)
+    return cache_from_pooled(
+        masked_average_pool(features, masks),
+        masked_average_pool(features, 1 - masks.float()),
+        class_index,
+        text,
+        classes,
+        **how,
+    )
 
-# %% ../nbs/4_cache/42_cache.ipynb #ca85edc8
+# %% ../nbs/4_cache/42_cache.ipynb #315be64d
 def class_images(images, name: str, limit: int):
-    "The first `limit` pictures of one class, from {name: arrays} or from a folder <name>/<i>.png; raises ValueError when there are none"
+    """The first `limit` pictures of one class, from {name: arrays} or from a folder <name>/<i>.png; raises
+    ValueError when there are none"""
     if isinstance(images, (str, Path)):
         from PIL import Image
+
         files = sorted((Path(images) / name).glob("*.png"), key=lambda f: (len(f.stem), f.stem))
         found = [np.array(Image.open(f).convert("RGB")) for f in files[:limit]]
-    else: found = list(images.get(name, ()))[:limit]
-    if not found: raise ValueError(f"no pictures of {name!r}: generate them with diclip.imagepool.generate_pool, or leave the class out with only=")
+    else:
+        found = list(images.get(name, ()))[:limit]
+    if not found:
+        raise ValueError(
+            f"no pictures of {name!r}: generate them with diclip.imagepool.generate_pool, or leave the class"
+            " out with only="
+        )
     return found
 
+# %% ../nbs/4_cache/42_cache.ipynb #ca85edc8
 def _pooled(path, key, compute):
     "Pooled vectors from the work file of a class if its key fits, else computed and kept"
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
+
     try:
         with safe_open(str(path), "pt") as f:
-            if f.metadata()["key"] == key: return f.get_tensor("foreground"), f.get_tensor("background")
-    except (OSError, SafetensorError, KeyError, TypeError): pass
+            if f.metadata()["key"] == key:
+                return f.get_tensor("foreground"), f.get_tensor("background")
+    except (OSError, SafetensorError, KeyError, TypeError):
+        pass
     fg, bg = compute()
-    if path is not None: write_atomic(path, lambda p: p.write_bytes(save({"foreground": fg.contiguous(), "background": bg.contiguous()}, {"key": key})))
+    if path is not None:
+        write_atomic(
+            path,
+            lambda p: p.write_bytes(
+                save({"foreground": fg.contiguous(), "background": bg.contiguous()}, {"key": key})
+            ),
+        )
     return fg, bg
 
 # %% ../nbs/4_cache/42_cache.ipynb #a405f4d8
-_RECIPE = "crop timestep sd_layers sd_draws groups layers tau_n alpha rounds propagation fusion readout norm mask_threshold templates".split()
+_RECIPE = (
+    "crop timestep sd_layers sd_draws groups layers tau_n alpha rounds propagation fusion readout norm"
+    " mask_threshold templates".split()
+)
+
 
 def _origin(clip, sd, profile, masks, par):
     "What the pooled vectors depend on, beside the pictures"
     fingerprint = None if sd is None else getattr(sd, "fingerprint", type(sd).__name__)
     kind = "given" if masks else "par" if par else "cam"
-    return {"clip": clip.fingerprint, "sd": fingerprint, "grid": [profile.crop // clip.patch] * 2, "masks": kind, **{k: getattr(profile, k) for k in _RECIPE}}
+    return {
+        "clip": clip.fingerprint,
+        "sd": fingerprint,
+        "grid": [profile.crop // clip.patch] * 2,
+        "masks": kind,
+        **{k: getattr(profile, k) for k in _RECIPE},
+    }
+
 
 def _pool(images):
     "How a folder of pictures was generated, from the note that `generate_pool` left there"
@@ -195,46 +291,70 @@ def _pool(images):
     pool = json.loads(note.read_text()) if note and note.exists() else None
     return {"pool": pool, "prompt": pool and pool.get("prompt")}
 
+
 def _versions():
     "Versions of the libraries that have a say in the numbers"
+
     def one(name):
-        try: return metadata.version(name)
-        except metadata.PackageNotFoundError: return None
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
     return {n: one(n) for n in ("torch", "open_clip_torch", "diffusers", "scikit-learn")}
 
 # %% ../nbs/4_cache/42_cache.ipynb #e36cd66b
 def build_cache(
-    clip, sd,               # `DenseCLIP`; `StableDiffusion`, a stand-in, or None for raw CLIP
-    images,                 # {class: list of (H, W, 3) uint8 arrays}, or a folder of <class>/<i>.png
-    profile,                # `Profile`: classes, limits, thresholds, centroids
-    masks=None,             # {class: list of (H, W) masks} in the place of the CAM's
-    par=None,               # `PAR()` to refine the CAMs before they are cut
-    only=None,              # names of the classes that get rows (Table XV); all by default
-    workdir=None,           # folder for the pooled vectors of finished classes
-    batch: int = 8, progress: bool = True,
-    **how,                  # clustered, text_weighted, seed, as `cache_from_pooled`
+    clip,  # `DenseCLIP`
+    sd,  # `StableDiffusion`, a stand-in, or None for raw CLIP
+    images,  # {class: list of (H, W, 3) uint8 arrays}, or a folder of <class>/<i>.png
+    profile,  # `Profile`: classes, limits, thresholds, centroids
+    masks=None,  # {class: list of (H, W) masks} in the place of the CAM's
+    par=None,  # `PAR()` to refine the CAMs before they are cut
+    only=None,  # names of the classes that get rows (Table XV); all by default
+    workdir=None,  # folder for the pooled vectors of finished classes
+    batch: int = 8,  # pictures at a time
+    progress: bool = True,  # show a bar over classes
+    **how,  # clustered, text_weighted, seed, as `cache_from_pooled`
 ) -> Cache:
-    "The offline phase, section III-D.1; raises ValueError when a class has no pictures or a name in `only` is unknown"
+    """The offline phase, section III-D.1; raises ValueError when a class has no pictures or a name in `only`
+    is unknown"""
     from tqdm import tqdm
+
     names = profile.classes if only is None else [c for c in profile.classes if c in only]
-    if only is not None and set(only) - set(names): raise ValueError(f"unknown classes in only: {sorted(set(only) - set(names))}; choose from {', '.join(profile.classes)}")
-    text, origin, pooled, index = clip.text(profile.prompt_names), _origin(clip, sd, profile, masks, par), [], []
+    if only is not None and set(only) - set(names):
+        raise ValueError(
+            f"unknown classes in only: {sorted(set(only) - set(names))}; choose from"
+            f" {', '.join(profile.classes)}"
+        )
+    text = clip.text(profile.prompt_names)
+    origin = _origin(clip, sd, profile, masks, par)
+    pooled = []
+    index = []
     for name in tqdm(names, disable=not progress):
         c, shots = profile.classes.index(name), class_images(images, name, profile.images_per_class)
-        given = None if masks is None else list(masks[name])[:len(shots)]
-        path, key = workdir and Path(workdir) / f"{name}.safetensors", _digest(origin, text[c].cpu(), *shots, *map(np.asarray, given or ()))
-        pooled.append(_pooled(path, key, lambda: pool_images(clip, sd, shots, text[c], profile, given, par, batch)))
+        given = None if masks is None else list(masks[name])[: len(shots)]
+        path = workdir and Path(workdir) / f"{name}.safetensors"
+        key = _digest(origin, text[c].cpu(), *shots, *map(np.asarray, given or ()))
+        compute = partial(pool_images, clip, sd, shots, text[c], profile, given, par, batch)
+        pooled.append(_pooled(path, key, compute))
         index += [c] * len(shots)
     meta = {"name": profile.name, **origin, **_pool(images), "versions": _versions(), **how.pop("meta", {})}
-    return cache_from_pooled(*map(torch.cat, zip(*pooled)), index, text, profile.classes, profile.centroids, profile.background_centroids, meta=meta, **how)
+    numbers = profile.centroids, profile.background_centroids
+    foreground, background = map(torch.cat, zip(*pooled))
+    return cache_from_pooled(foreground, background, index, text, profile.classes, *numbers, meta=meta, **how)
 
 # %% ../nbs/4_cache/42_cache.ipynb #06ac97cb
 def tsne(
-    vectors: Tensor,          # (n, d), at least 3
-    perplexity: float = 15.,  # neighbors that count; lowered for few vectors
+    vectors: Tensor,  # (n, d), at least 3
+    perplexity: float = 15.0,  # neighbors that count; lowered for few vectors
     seed: int = 0,
-) -> np.ndarray:              # (n, 2)
+) -> np.ndarray:  # (n, 2)
     "Vectors in the plane, for Fig. 13 and 14; raises ValueError for fewer than 3"
     from sklearn.manifold import TSNE
-    if len(vectors) < 3: raise ValueError(f"t-SNE of {len(vectors)} vectors means nothing: give 3 or more")
-    return TSNE(perplexity=min(perplexity, (len(vectors) - 1) / 2), metric="cosine", init="random", random_state=seed).fit_transform(vectors.cpu().numpy())
+
+    if len(vectors) < 3:
+        raise ValueError(f"t-SNE of {len(vectors)} vectors means nothing: give 3 or more")
+    return TSNE(
+        perplexity=min(perplexity, (len(vectors) - 1) / 2), metric="cosine", init="random", random_state=seed
+    ).fit_transform(vectors.cpu().numpy())

@@ -11,35 +11,51 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../nbs/2_clip/22_cam.ipynb #d1263f56
-NORMS = {"minmax": lambda maps: maps.amin(-1, keepdim=True),                 # name -> what becomes 0, (..., N) -> (..., 1)
-         "median": lambda maps: maps.median(-1, keepdim=True).values}
+NORMS = {
+    "minmax": lambda maps: maps.amin(-1, keepdim=True),  # name -> what becomes 0, (..., N) -> (..., 1)
+    "median": lambda maps: maps.median(-1, keepdim=True).values,
+}
+
 
 def minmax(
-    maps: Tensor,          # (..., N) one map a row
+    maps: Tensor,  # (..., N) one map a row
     norm: str = "minmax",  # one of `NORMS`: what becomes 0; whatever lies below is cut
-) -> Tensor:               # (..., N) in [0, 1]
-    "Norm of equation (1): every map over its own range; a constant map becomes 0. Raises ValueError for NaN and unknown norms."
-    if norm not in NORMS: raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}.")
+) -> Tensor:  # (..., N) in [0, 1]
+    """Norm of equation (1): every map over its own range; a constant map becomes 0.
+    Raises ValueError for NaN and unknown norms."""
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}.")
     if not maps.isfinite().all():
-        raise ValueError("maps hold NaN or infinite values: check the features before Norm, which would spread them over the whole map.")
+        raise ValueError(
+            "maps hold NaN or infinite values: check the features before Norm, which would spread them over"
+            " the whole map."
+        )
     low, high = NORMS[norm](maps), maps.amax(-1, keepdim=True)
     flat = high - low <= 4 * torch.finfo(maps.dtype).eps * maps.abs().amax(-1, keepdim=True)
-    return torch.where(flat, 0., (maps - low) / torch.where(flat, 1., high - low)).clamp_min(0)
+    return torch.where(flat, 0.0, (maps - low) / torch.where(flat, 1.0, high - low)).clamp_min(0)
 
 # %% ../nbs/2_clip/22_cam.ipynb #1130af4d
-def patch_text_cam(features: Tensor,  # (B, N, d) patch features
-                   text: Tensor,      # (C, d) text embeddings
-                   labels: Tensor | None = None,  # (B, C) bool, which classes each image shows; None keeps all
-                   remove_redundancy: bool = False,  # subtract what all texts share
-                   background_text: Tensor | None = None,  # (K, d) take part in what is shared, get no map
-                   norm: str = "minmax",  # one of `NORMS`
-                  ) -> Tensor: # (B, C, N) in [0, 1], 0 for absent classes
+def patch_text_cam(
+    features: Tensor,  # (B, N, d) patch features
+    text: Tensor,  # (C, d) text embeddings
+    labels: Tensor | None = None,  # (B, C) bool, which classes each image shows; None keeps all
+    remove_redundancy: bool = False,  # subtract what all texts share
+    background_text: Tensor | None = None,  # (K, d) take part in what is shared, get no map
+    norm: str = "minmax",  # one of `NORMS`
+) -> Tensor:  # (B, C, N) in [0, 1], 0 for absent classes
     "Patch-text maps of equation (1). Raises ValueError for shapes that do not fit and for NaN."
     if features.ndim != 3 or text.ndim != 2 or features.shape[-1] != text.shape[-1]:
-        raise ValueError(f"features {tuple(features.shape)} and text {tuple(text.shape)} do not fit: give (B, N, d) and (C, d).")
-    if not text.isfinite().all(): raise ValueError("text holds NaN or infinite values: check the text embeddings.")
+        raise ValueError(
+            f"features {tuple(features.shape)} and text {tuple(text.shape)} do not fit: give (B, N, d) and"
+            " (C, d)."
+        )
+    if not text.isfinite().all():
+        raise ValueError("text holds NaN or infinite values: check the text embeddings.")
     if labels is not None and labels.shape != (len(features), len(text)):
-        raise ValueError(f"labels {tuple(labels.shape)} must be ({len(features)}, {len(text)}), one flag per image and class: see data.multi_hot.")
+        raise ValueError(
+            f"labels {tuple(labels.shape)} must be ({len(features)}, {len(text)}), one flag per image and"
+            " class: see data.multi_hot."
+        )
     f, T = F.normalize(features, dim=-1), F.normalize(text, dim=-1)
     if remove_redundancy:
         words = T if background_text is None else torch.cat([T, F.normalize(background_text, dim=-1)])
@@ -48,11 +64,13 @@ def patch_text_cam(features: Tensor,  # (B, N, d) patch features
     return M if labels is None else M * labels.bool()[..., None]
 
 # %% ../nbs/2_clip/22_cam.ipynb #b729f51d
-def resize_maps(maps: Tensor, # (B, C, N) maps on the patch grid
-                grid: tuple,  # (h, w) with h*w = N
-                size: tuple,  # (H, W) wanted
-               ) -> Tensor:   # (B, C, H, W), inside the range of `maps`
+def resize_maps(
+    maps: Tensor,  # (B, C, N) maps on the patch grid
+    grid: tuple,  # (h, w) with h*w = N
+    size: tuple,  # (H, W) wanted
+) -> Tensor:  # (B, C, H, W), inside the range of `maps`
     "Maps at the size of the image, bilinear. Raises ValueError if the grid does not fit."
     h, w = grid
-    if maps.ndim != 3 or maps.shape[-1] != h * w: raise ValueError(f"maps {tuple(maps.shape)} do not fit a {h}x{w} grid: give (B, C, {h * w}).")
+    if maps.ndim != 3 or maps.shape[-1] != h * w:
+        raise ValueError(f"maps {tuple(maps.shape)} do not fit a {h}x{w} grid: give (B, C, {h * w}).")
     return F.interpolate(maps.unflatten(-1, (h, w)), size=tuple(size), mode="bilinear", align_corners=False)

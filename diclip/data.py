@@ -21,72 +21,107 @@ from .world import CLASSES, SPLIT_SIZE, SPLITS, render
 @dataclass(frozen=True)
 class Sample:
     "One image with its labels."
-    id: str                     # name within the data set
-    image: np.ndarray           # (H, W, 3) uint8 RGB
-    labels: tuple               # sorted class indices, 0 to C - 1
-    mask: np.ndarray | None     # (H, W) uint8: 0 background, c + 1 class c, 255 ignore; None where there is no annotation
+
+    id: str  # name within the data set
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    labels: tuple  # sorted class indices, 0 to C - 1
+    mask: (
+        np.ndarray | None
+    )  # (H, W) uint8: 0 background, c + 1 class c, 255 ignore; None where there is no annotation
 
 # %% ../nbs/1_ground/13_data.ipynb #9244bd24
 def to_rgb(image) -> np.ndarray:
-    "A PIL image or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array as (H, W, 3) uint8. Raises ValueError for other shapes and for NaN."
+    """A PIL image or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array as (H, W, 3) uint8.
+    Raises ValueError for other shapes and for NaN."""
     if isinstance(image, Image.Image):
-        if image.mode.startswith("I") or image.mode == "F": image = np.asarray(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = np.asarray(image)
         else:
             rgba = image.convert("RGBA")
-            return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+            return np.asarray(
+                Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+            )
     x = np.asarray(image)
-    if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
+    if x.ndim == 3 and x.shape[2] == 1:
+        x = x[..., 0]
     if not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] in (3, 4))) or x.size == 0:
-        raise ValueError(f"an image is (H, W), (H, W, 3) or (H, W, 4), not {x.shape}: for a tensor use x.permute(1, 2, 0)")
+        raise ValueError(
+            f"an image is (H, W), (H, W, 3) or (H, W, 4), not {x.shape}: for a tensor use x.permute(1, 2, 0)"
+        )
     if x.dtype.kind == "f":
-        if not np.isfinite(x).all(): raise ValueError("the image contains NaN or infinity: check how it was computed")
+        if not np.isfinite(x).all():
+            raise ValueError("the image contains NaN or infinity: check how it was computed")
         x = (x.clip(0, 1) * 255).round().astype(np.uint8)
-    elif x.dtype != np.uint8: x = (x.clip(0, None) // (257 if x.max(initial=0) > 255 else 1)).clip(0, 255).astype(np.uint8)
-    if x.ndim == 2: x = np.repeat(x[..., None], 3, 2)
+    elif x.dtype != np.uint8:
+        x = (x.clip(0, None) // (257 if x.max(initial=0) > 255 else 1)).clip(0, 255).astype(np.uint8)
+    if x.ndim == 2:
+        x = np.repeat(x[..., None], 3, 2)
     return x if x.shape[2] == 3 else to_rgb(Image.fromarray(x, "RGBA"))
 
 # %% ../nbs/1_ground/13_data.ipynb #07d1c1d0
-def read_image(path) -> np.ndarray:   # (H, W, 3) uint8
+def read_image(path) -> np.ndarray:  # (H, W, 3) uint8
     "An image file as RGB. Raises ValueError that names a missing, truncated or foreign file."
-    if not Path(path).is_file(): raise ValueError(f"no image file {path}: check the path")
+    if not Path(path).is_file():
+        raise ValueError(f"no image file {path}: check the path")
     try:
         with Image.open(path) as im:
             im.load()
             return to_rgb(im)
     except (OSError, SyntaxError) as e:
-        raise ValueError(f"cannot read {Path(path).name} as an image ({e}): the file is damaged or incomplete, replace it or leave it out") from None
+        raise ValueError(
+            f"cannot read {Path(path).name} as an image ({e}): the file is damaged or incomplete, replace it"
+            " or leave it out"
+        ) from None
 
 # %% ../nbs/1_ground/13_data.ipynb #8c182ab3
 def batch_images(
-    samples,          # samples or (H, W, 3) uint8 arrays
-    size: int,        # target height and width, pixels
-):                    # (B, 3, size, size) float tensor in [0, 1]
+    samples,  # samples or (H, W, 3) uint8 arrays
+    size: int,  # target height and width, pixels
+):  # (B, 3, size, size) float tensor in [0, 1]
     "Images squashed to size x size, as a batch."
     import torch
+
     arrays = [s.image if isinstance(s, Sample) else to_rgb(s) for s in samples]
-    squash = lambda x: x if x.shape[:2] == (size, size) else np.asarray(Image.fromarray(x).resize((size, size), Image.BICUBIC))
+    squash = lambda x: (
+        x
+        if x.shape[:2] == (size, size)
+        else np.asarray(Image.fromarray(x).resize((size, size), Image.BICUBIC))
+    )
     return torch.from_numpy(np.stack([squash(x) for x in arrays])).permute(0, 3, 1, 2).float() / 255
 
-def multi_hot(samples, num_classes: int):   # (B, num_classes) bool tensor
+
+def multi_hot(samples, num_classes: int):  # (B, num_classes) bool tensor
     "Image-level labels as a boolean matrix."
     import torch
+
     out = torch.zeros(len(samples), num_classes, dtype=torch.bool)
-    for i, s in enumerate(samples): out[i, list(s.labels)] = True
+    for i, s in enumerate(samples):
+        out[i, list(s.labels)] = True
     return out
 
 # %% ../nbs/1_ground/13_data.ipynb #ebe8b446
 class MiniWorld(Sequence):
     "The rendered world as a data set; splits train (3,000), val (400) and test (400)."
+
     classes = CLASSES
+
     def __init__(self, split: str = "train", n: int | None = None):
-        if split not in SPLIT_SIZE: raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLIT_SIZE)}")
-        if n is not None and not 0 < n <= SPLIT_SIZE[split]: raise ValueError(f"{split} has {SPLIT_SIZE[split]} scenes: ask for 1 to {SPLIT_SIZE[split]}, not {n}")
+        if split not in SPLIT_SIZE:
+            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLIT_SIZE)}")
+        if n is not None and not 0 < n <= SPLIT_SIZE[split]:
+            raise ValueError(
+                f"{split} has {SPLIT_SIZE[split]} scenes: ask for 1 to {SPLIT_SIZE[split]}, not {n}"
+            )
         self.split, self.n = split, n or SPLIT_SIZE[split]
 
-    def __len__(self): return self.n
+    def __len__(self):
+        return self.n
+
     def __getitem__(self, i):
-        if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
-        if not -self.n <= i < self.n: raise IndexError(i)
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not -self.n <= i < self.n:
+            raise IndexError(i)
         i %= self.n
         s = render(i, self.split)
         return Sample(f"{self.split}_{i:04d}", s.image, s.labels, s.mask)
@@ -94,8 +129,10 @@ class MiniWorld(Sequence):
 # %% ../nbs/1_ground/13_data.ipynb #fe9ff3f7
 VOC_FOLDERS = ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation")
 
+
 def _annotation(sample, classes):
     import xml.etree.ElementTree as ET
+
     root = ET.Element("annotation")
     ET.SubElement(root, "filename").text = f"{sample.id}.jpg"
     for c in sample.labels:
@@ -103,15 +140,19 @@ def _annotation(sample, classes):
         obj = ET.SubElement(root, "object")
         ET.SubElement(obj, "name").text = classes[c]
         bounds = ET.SubElement(obj, "bndbox")
-        for tag, v in zip(("xmin", "ymin", "xmax", "ymax"), (x.min()+1, y.min()+1, x.max()+1, y.max()+1)): ET.SubElement(bounds, tag).text = str(v)
+        for tag, v in zip(
+            ("xmin", "ymin", "xmax", "ymax"), (x.min() + 1, y.min() + 1, x.max() + 1, y.max() + 1)
+        ):
+            ET.SubElement(bounds, tag).text = str(v)
     return ET.tostring(root, encoding="unicode")
 
 # %% ../nbs/1_ground/13_data.ipynb #ff704494
 def palette(n=256) -> np.ndarray:
     "VOC's palette, (n, 3) uint8: the bits of the class index are spread over red, green and blue."
-    index = np.arange(n)[:, None] >> np.arange(0, 24, 3)[None]                   # three bits at a time
-    bits = (index[:, :, None] >> np.arange(3)) & 1                               # (n, 8, 3)
+    index = np.arange(n)[:, None] >> np.arange(0, 24, 3)[None]  # three bits at a time
+    bits = (index[:, :, None] >> np.arange(3)) & 1  # (n, 8, 3)
     return (bits * (128 >> np.arange(8))[None, :, None]).sum(1).astype(np.uint8)
+
 
 def palette_image(mask: np.ndarray) -> Image.Image:
     "A mask (H, W) uint8 as a palette image in VOC's colors: its pixels stay class ids."
@@ -121,14 +162,15 @@ def palette_image(mask: np.ndarray) -> Image.Image:
 
 # %% ../nbs/1_ground/13_data.ipynb #12291956
 def export_voc(
-    samples,             # samples with masks
-    root,                # folder to write
-    split: str,          # name of the list, e.g. "train"
-    classes=CLASSES,     # names for the annotations
+    samples,  # samples with masks
+    root,  # folder to write
+    split: str,  # name of the list, e.g. "train"
+    classes=CLASSES,  # names for the annotations
 ) -> Path:
     "Write samples in VOC's format."
     root = Path(root)
-    for f in VOC_FOLDERS: (root / f).mkdir(parents=True, exist_ok=True)
+    for f in VOC_FOLDERS:
+        (root / f).mkdir(parents=True, exist_ok=True)
     for s in samples:
         Image.fromarray(s.image).save(root / "JPEGImages" / f"{s.id}.jpg", quality=95)
         palette_image(s.mask).save(root / "SegmentationClass" / f"{s.id}.png")
@@ -136,50 +178,82 @@ def export_voc(
     (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(s.id for s in samples) + "\n")
     return root
 
-# %% ../nbs/1_ground/13_data.ipynb #e1dfdc17
-VOC_HELP = ("expected the folder VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation; "
-            "`diclip_data voc --root data` fetches it (2 GB), or unpack VOCtrainval_11-May-2012.tar there")
+# %% ../nbs/1_ground/13_data.ipynb #07f501a5
+VOC_HELP = (
+    "expected the folder VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation; "
+    "`diclip_data voc --root data` fetches it (2 GB), or unpack VOCtrainval_11-May-2012.tar there"
+)
 
+# %% ../nbs/1_ground/13_data.ipynb #e1dfdc17
 class VOC(Sequence):
-    "PASCAL VOC 2012 or any folder in its format. Raises ValueError for a folder that is not, naming what is missing."
+    """PASCAL VOC 2012 or any folder in its format.
+    Raises ValueError for a folder that is not, naming what is missing."""
+
     def __init__(
         self,
-        root,                     # the folder VOC2012
-        split: str = "train",     # a list in ImageSets/Segmentation
-        n: int | None = None,     # only the first n images
+        root,  # the folder VOC2012
+        split: str = "train",  # a list in ImageSets/Segmentation
+        n: int | None = None,  # only the first n images
         classes: tuple = VOC_CLASSES,  # names in label order
-        masks: str | None = "SegmentationClass",  # or "SegmentationClassAug"; None for images without masks and labels, as in VOC's test split
+        masks: (
+            str | None
+        ) = "SegmentationClass",  # or "SegmentationClassAug"; None: no masks, no labels (VOC's test)
     ):
-        self.root, self.split, self.classes, self.masks = Path(root), split, tuple(classes), masks
+        self.root = Path(root)
+        self.split = split
+        self.classes = tuple(classes)
+        self.masks = masks
         for f in ("JPEGImages", masks, "ImageSets/Segmentation"):
-            if f is not None and not (self.root / f).is_dir(): raise ValueError(f"{self.root.name} has no folder {f}: {VOC_HELP}")
+            if f is not None and not (self.root / f).is_dir():
+                raise ValueError(f"{self.root.name} has no folder {f}: {VOC_HELP}")
         lists = self.root / "ImageSets/Segmentation"
         if not (lists / f"{split}.txt").is_file():
-            raise ValueError(f"no list {split}.txt: this folder has {', '.join(sorted(p.stem for p in lists.glob('*.txt'))) or 'no lists'}")
-        self.ids = [line.split()[0] for line in (lists / f"{split}.txt").read_text().splitlines() if line.strip()][:n]
+            raise ValueError(
+                f"no list {split}.txt: this folder has"
+                f" {', '.join(sorted(p.stem for p in lists.glob('*.txt'))) or 'no lists'}"
+            )
+        self.ids = [
+            line.split()[0] for line in (lists / f"{split}.txt").read_text().splitlines() if line.strip()
+        ][:n]
 
-    def __len__(self): return len(self.ids)
+    def __len__(self):
+        return len(self.ids)
+
     def __getitem__(self, i):
         return [self.read(n) for n in self.ids[i]] if isinstance(i, slice) else self.read(self.ids[i])
 
-# %% ../nbs/1_ground/13_data.ipynb #09626a72
+# %% ../nbs/1_ground/13_data.ipynb #d68911d7
 @patch
 def read(self: VOC, name: str) -> Sample:
     "The sample of an image id. Raises ValueError for whatever does not fit."
     image = read_image(self.root / "JPEGImages" / f"{name}.jpg")
-    if self.masks is None: return Sample(name, image, (), None)
+    if self.masks is None:
+        return Sample(name, image, (), None)
     mask = self.mask(name)
-    if image.shape[:2] != mask.shape: raise ValueError(f"{name}: the image is {image.shape[:2]} and its mask {mask.shape}; they belong to different data sets")
+    if image.shape[:2] != mask.shape:
+        raise ValueError(
+            f"{name}: the image is {image.shape[:2]} and its mask {mask.shape}; they belong to different data"
+            " sets"
+        )
     present = np.setdiff1d(np.unique(mask), (0, 255))
     return Sample(name, image, tuple(int(v) - 1 for v in present), mask)
 
+# %% ../nbs/1_ground/13_data.ipynb #09626a72
 @patch
 def mask(self: VOC, name: str) -> np.ndarray:
     "The mask (H, W) of an image. Raises ValueError where it is missing, in color or of other classes."
     path = self.root / self.masks / f"{name}.png"
-    if not path.is_file(): raise ValueError(f"{name} has no mask in {self.masks}: {VOC_HELP}")
-    with Image.open(path) as im: mask = np.asarray(im)
-    if mask.ndim != 2: raise ValueError(f"the mask of {name} is in color: VOC's masks are palette PNGs of class indices, convert it first")
+    if not path.is_file():
+        raise ValueError(f"{name} has no mask in {self.masks}: {VOC_HELP}")
+    with Image.open(path) as im:
+        mask = np.asarray(im)
+    if mask.ndim != 2:
+        raise ValueError(
+            f"the mask of {name} is in color: VOC's masks are palette PNGs of class indices, convert it first"
+        )
     if (bad := mask[(mask > len(self.classes)) & (mask < 255)]).size:
-        raise ValueError(f"the mask of {name} has class {bad[0]}, but there are {len(self.classes)} classes: pass the data set's own classes")
+        raise ValueError(
+            f"the mask of {name} has class {bad[0]}, but there are {len(self.classes)} classes: pass the data"
+            " set's own classes"
+        )
     return mask

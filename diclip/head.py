@@ -12,35 +12,56 @@ from torch.nn import functional as F
 
 # %% ../nbs/5_training/52_head.ipynb #ed5a8f85
 class LayerFusion(nn.Module):
-    "(B, L, N, dim) tokens of L layers -> (B, width, h, w). Raises ValueError for another number of layers or channels."
-    def __init__(self,
-                 dim: int,           # channels of a token (768 in ViT-B/16)
-                 layers: int,        # L (12 in ViT-B/16)
-                 width: int = 256,   # common width (family)
-                 dropout: float = .1,# of whole channels, after the mix
-                ):
+    """(B, L, N, dim) tokens of L layers -> (B, width, h, w).
+    Raises ValueError for another number of layers or channels."""
+
+    def __init__(
+        self,
+        dim: int,  # channels of a token (768 in ViT-B/16)
+        layers: int,  # L (12 in ViT-B/16)
+        width: int = 256,  # common width (family)
+        dropout: float = 0.1,  # of whole channels, after the mix
+    ):
         super().__init__()
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(layers))
-        self.fuse, self.dropout, self.expects = nn.Conv2d(layers * width, width, 1), nn.Dropout2d(dropout), (layers, dim)
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(layers)
+        )
+        self.fuse = nn.Conv2d(layers * width, width, 1)
+        self.dropout = nn.Dropout2d(dropout)
+        self.expects = (layers, dim)
 
     def forward(self, tokens, grid):
-        if tokens.ndim != 4 or (tokens.shape[1], tokens.shape[3]) != self.expects or tokens.shape[2] != grid[0] * grid[1]:
-            raise ValueError(f"tokens must be (B, {self.expects[0]}, {grid[0] * grid[1]}, {self.expects[1]}) for grid {tuple(grid)}, not {tuple(tokens.shape)}: stack all layers, without the class token")
+        if (
+            tokens.ndim != 4
+            or (tokens.shape[1], tokens.shape[3]) != self.expects
+            or tokens.shape[2] != grid[0] * grid[1]
+        ):
+            raise ValueError(
+                f"tokens must be (B, {self.expects[0]}, {grid[0] * grid[1]}, {self.expects[1]}) for grid"
+                f" {tuple(grid)}, not {tuple(tokens.shape)}: stack all layers, without the class token"
+            )
         x = torch.cat([mlp(t) for mlp, t in zip(self.mlps, tokens.unbind(1))], -1)
         return self.dropout(self.fuse(x.mT.unflatten(2, tuple(grid))))
 
 # %% ../nbs/5_training/52_head.ipynb #271645c4
 class TransformerHead(nn.Module):
     "Table IX's transformer decoder: tokens (B, L, N, dim) -> logits (B, 1 + C, h, w)."
-    def __init__(self,
-                 dim: int, layers: int,   # of the tokens: 768 and 12 in ViT-B/16
-                 classes: int,            # C, foreground classes
-                 width: int = 256, heads: int = 8, depth: int = 3,   # of the decoder (family)
-                 dropout: float = .1,     # of `LayerFusion`
-                ):
+
+    def __init__(
+        self,
+        dim: int,  # width of the tokens, 768 in ViT-B/16
+        layers: int,  # of the encoder, 12 in ViT-B/16
+        classes: int,  # C, foreground classes
+        width: int = 256,  # channels of the decoder (family)
+        heads: int = 8,  # of the decoder (family)
+        depth: int = 3,  # of the decoder (family)
+        dropout: float = 0.1,  # of `LayerFusion`
+    ):
         super().__init__()
         self.fusion = LayerFusion(dim, layers, width, dropout)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0., activation="gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
         self.decoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.classify = nn.Conv2d(width, classes + 1, 1)
 
@@ -48,37 +69,48 @@ class TransformerHead(nn.Module):
         "(B, width, h, w): what the classifier sees."
         return self.decoder(self.fusion(tokens, grid).flatten(2).mT).mT.unflatten(2, tuple(grid))
 
-    def forward(self, tokens, grid): return self.classify(self.embed(tokens, grid))
+    def forward(self, tokens, grid):
+        return self.classify(self.embed(tokens, grid))
 
 # %% ../nbs/5_training/52_head.ipynb #a5e4f0ad
 class ConvHead(nn.Module):
     "Table IX's convolutional decoder: tokens (B, L, N, dim) -> logits (B, 1 + C, h, w)."
-    def __init__(self,
-                 dim: int, layers: int,   # of the tokens
-                 classes: int,            # C, foreground classes
-                 width: int = 256,        # of the fused map
-                 hidden: int = 512,       # of the two convolutions
-                 dilation: int = 5,       # patches between the taps (family: LargeFOV)
-                 dropout: float = .1,     # of `LayerFusion`
-                ):
+
+    def __init__(
+        self,
+        dim: int,  # width of the tokens
+        layers: int,  # of the encoder
+        classes: int,  # C, foreground classes
+        width: int = 256,  # of the fused map
+        hidden: int = 512,  # of the two convolutions
+        dilation: int = 5,  # patches between the taps (family: LargeFOV)
+        dropout: float = 0.1,  # of `LayerFusion`
+    ):
         super().__init__()
         self.fusion = LayerFusion(dim, layers, width, dropout)
-        conv = lambda i: nn.Sequential(nn.Conv2d(i, hidden, 3, padding=dilation, dilation=dilation), nn.ReLU())
-        self.decoder, self.classify = nn.Sequential(conv(width), conv(hidden)), nn.Conv2d(hidden, classes + 1, 1)
+        conv = lambda i: nn.Sequential(
+            nn.Conv2d(i, hidden, 3, padding=dilation, dilation=dilation), nn.ReLU()
+        )
+        self.decoder, self.classify = nn.Sequential(conv(width), conv(hidden)), nn.Conv2d(
+            hidden, classes + 1, 1
+        )
 
     def embed(self, tokens, grid):
         "(B, hidden, h, w): what the classifier sees."
         return self.decoder(self.fusion(tokens, grid))
 
-    def forward(self, tokens, grid): return self.classify(self.embed(tokens, grid))
+    def forward(self, tokens, grid):
+        return self.classify(self.embed(tokens, grid))
+
 
 HEADS = {"transformer": TransformerHead, "conv": ConvHead}
 
 # %% ../nbs/5_training/52_head.ipynb #e9560683
 @torch.no_grad()
 def raw_tokens(
-    clip,            # a `diclip.clip.DenseCLIP`
+    clip,  # a `diclip.clip.DenseCLIP`
     images: Tensor,  # (B, 3, H, W) in [0, 1], sides are multiples of the patch
-) -> Tensor:         # (B, L, N, dim) float32
-    "The patch tokens of all L layers of raw CLIP, without the class token. Raises ValueError for images that do not fit, as `DenseCLIP.dense` does."
+) -> Tensor:  # (B, L, N, dim) float32
+    """The patch tokens of all L layers of raw CLIP, without the class token.
+    Raises ValueError for images that do not fit, as `DenseCLIP.dense` does."""
     return torch.stack([t[:, 1:].float() for t in clip.dense(images, keep=("tokens",)).tokens], 1)

@@ -16,10 +16,10 @@ from .engine.files import write_atomic
 
 # %% ../nbs/appendix/a5_imagepool.ipynb #22626dd1
 def image_seed(
-    seed: int,   # of the pool
-    name: str,   # of the class
+    seed: int,  # of the pool
+    name: str,  # of the class
     index: int,  # of the image in its class
-) -> int:        # in [0, 2**48)
+) -> int:  # in [0, 2**48)
     "A seed of its own for every image, whatever the other classes and their order."
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()[:6], "big")
 
@@ -30,14 +30,17 @@ def _complete(path, size):
         with Image.open(path) as image:
             image.load()
             return image.size == tuple(size[::-1])
-    except (OSError, SyntaxError): return False
+    except (OSError, SyntaxError):
+        return False
 
 # %% ../nbs/appendix/a5_imagepool.ipynb #5ee7da29
 def _words(classes, prompt):
     "{class: word in the prompt}, checked."
     words = dict(classes) if isinstance(classes, dict) else {c: c for c in classes}
-    if "{category}" not in prompt: raise ValueError("The prompt has no {category}: write {category} where the class belongs.")
-    if not words: raise ValueError("There is no class to draw: name at least one.")
+    if "{category}" not in prompt:
+        raise ValueError("The prompt has no {category}: write {category} where the class belongs.")
+    if not words:
+        raise ValueError("There is no class to draw: name at least one.")
     if bad := [c for c in words if c != Path(c).name or not c.strip(". ")]:
         raise ValueError(f"{bad[0]!r} cannot name a folder: give {{plain name: word in the prompt}} instead.")
     return words
@@ -50,62 +53,108 @@ def _open_pool(folder, settings):
         old = json.loads(path.read_text())
         changed = [k for k, v in settings.items() if k != "words" and old.get(k) != v]
         changed += [f"word for {c}" for c, w in settings["words"].items() if old["words"].get(c, w) != w]
-        if changed: raise ValueError(f"The pool in {folder.name} was made with another {', '.join(changed)}: use the same settings or a new folder.")
+        if changed:
+            raise ValueError(
+                f"The pool in {folder.name} was made with another {', '.join(changed)}: use the same settings"
+                " or a new folder."
+            )
         settings = {**settings, "words": {**old["words"], **settings["words"]}}
     elif any(folder.glob("*/*.png")):
-        raise ValueError(f"The folder {folder.name} holds images but no pool.json, so nobody knows how they were made: use a new folder.")
+        raise ValueError(
+            f"The folder {folder.name} holds images but no pool.json, so nobody knows how they were made: use"
+            " a new folder."
+        )
     write_atomic(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
 
 # %% ../nbs/appendix/a5_imagepool.ipynb #121e374d
 def generate_pool(
-    sd,             # draws: `StableDiffusion`, or anything with its `generate`, `picture_size` and `fingerprint`
-    classes,        # names, one folder each; or {name: word in the prompt}
-    folder,         # <folder>/<class>/<index>.png
-    prompt: str,    # with {category} in it
-    per_class=50,   # images a class
-    seed=0,         # of the pool
-    steps=50, guidance=7.5, size=None, # as in `generate`
-    batch=8,        # images drawn at a time
+    sd,  # draws: `StableDiffusion`, or anything with its `generate`, `picture_size` and `fingerprint`
+    classes,  # names, one folder each; or {name: word in the prompt}
+    folder,  # <folder>/<class>/<index>.png
+    prompt: str,  # with {category} in it
+    per_class=50,  # images a class
+    seed=0,  # of the pool
+    steps=50,  # as in `generate`
+    guidance=7.5,  # as in `generate`
+    size=None,  # as in `generate`
+    batch=8,  # images drawn at a time
     progress=True,  # show a bar over images
-) -> dict:          # {class: [path, ...]}
-    "Draw `per_class` images of every class (D.1), but those that are there. Raises ValueError for a pool made in another way."
+) -> dict:  # {class: [path, ...]}
+    """Draw `per_class` images of every class (D.1), but those that are there.
+    Raises ValueError for a pool made in another way."""
     from tqdm import tqdm
-    folder, words, size = Path(folder), _words(classes, prompt), sd.picture_size(size)
-    _open_pool(folder, dict(model=sd.fingerprint, prompt=prompt, steps=steps, guidance=guidance, size=list(size), seed=seed, words=words))
+
+    folder = Path(folder)
+    words = _words(classes, prompt)
+    size = sd.picture_size(size)
+    _open_pool(
+        folder,
+        dict(
+            model=sd.fingerprint,
+            prompt=prompt,
+            steps=steps,
+            guidance=guidance,
+            size=list(size),
+            seed=seed,
+            words=words,
+        ),
+    )
     paths = {(c, i): folder / c / f"{i:04d}.png" for c in words for i in range(per_class)}
     todo = [key for key, path in paths.items() if not _complete(path, size)]
     with tqdm(total=len(paths), initial=len(paths) - len(todo), disable=not progress, unit="image") as bar:
-        for part in (todo[i:i+batch] for i in range(0, len(todo), batch)):
-            prompts, seeds = [prompt.replace("{category}", words[c]) for c, _ in part], [image_seed(seed, *key) for key in part]
+        for part in (todo[i : i + batch] for i in range(0, len(todo), batch)):
+            prompts, seeds = [prompt.replace("{category}", words[c]) for c, _ in part], [
+                image_seed(seed, *key) for key in part
+            ]
             drawn = sd.generate(prompts, seeds, steps=steps, guidance=guidance, size=size)
-            for key, x in zip(part, drawn): write_atomic(paths[key], lambda p: Image.fromarray(x).save(p, "PNG"))
+            for key, x in zip(part, drawn):
+                write_atomic(paths[key], lambda p: Image.fromarray(x).save(p, "PNG"))
             bar.update(len(part))
     return {c: [paths[c, i] for i in range(per_class)] for c in words}
 
 # %% ../nbs/appendix/a5_imagepool.ipynb #ffa77bcf
 def read_pool(
-    folder,        # that `generate_pool` wrote
+    folder,  # that `generate_pool` wrote
     classes=None,  # which ones; None for all, in alphabetical order
-) -> dict:         # {class: (n, H, W, 3) uint8}
+) -> dict:  # {class: (n, H, W, 3) uint8}
     "The images of a pool. Raises ValueError for a folder without pool.json, or a class without images."
     folder = Path(folder)
-    if not (folder / "pool.json").exists(): raise ValueError(f"The folder {folder.name} has no pool.json: it is not a pool that `generate_pool` wrote.")
+    if not (folder / "pool.json").exists():
+        raise ValueError(
+            f"The folder {folder.name} has no pool.json: it is not a pool that `generate_pool` wrote."
+        )
     names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if classes is None else list(classes)
     paths = {c: sorted((folder / c).glob("*.png")) for c in names}
-    if bare := [c for c, p in paths.items() if not p]: raise ValueError(f"The pool in {folder.name} has no images of {', '.join(bare)}: draw them with `generate_pool`.")
+    if bare := [c for c, p in paths.items() if not p]:
+        raise ValueError(
+            f"The pool in {folder.name} has no images of {', '.join(bare)}: draw them with `generate_pool`."
+        )
     return {c: np.stack([np.asarray(Image.open(f).convert("RGB")) for f in p]) for c, p in paths.items()}
 
 # %% ../nbs/appendix/a5_imagepool.ipynb #e583364f
 def profile_pool(
-    sd, profile,        # the model that draws, and the `Profile` that says what
-    folder,             # drawn into, where no pool ships or the shipped one is another model's
-    remake=False,       # draw in any case
+    sd,  # the model that draws
+    profile,  # the `Profile` that says what
+    folder,  # drawn into, where no pool ships or the shipped one is another model's
+    remake=False,  # draw in any case
     progress=True,
 ) -> Path:
     "The folder with the images of a profile's cache."
     import diclip
+
     shipped = Path(diclip.__file__).parent / "pool" / profile.name
     record = json.loads((shipped / "pool.json").read_text()) if (shipped / "pool.json").is_file() else {}
-    if not remake and record.get("model") == sd.fingerprint and record["prompt"] == profile.prompt: return shipped
-    generate_pool(sd, profile.classes, folder, profile.prompt, per_class=profile.images_per_class, steps=profile.steps, guidance=profile.guidance, size=profile.size, progress=progress)
+    if not remake and record.get("model") == sd.fingerprint and record["prompt"] == profile.prompt:
+        return shipped
+    generate_pool(
+        sd,
+        profile.classes,
+        folder,
+        profile.prompt,
+        per_class=profile.images_per_class,
+        steps=profile.steps,
+        guidance=profile.guidance,
+        size=profile.size,
+        progress=progress,
+    )
     return Path(folder)

@@ -19,51 +19,74 @@ from .head import raw_tokens
 def _patch_logits(clip, head, images):
     "(B, 1 + C, h, w) float32, one logit a patch and class; leaves the head in the mode that it was in."
     tokens, training = raw_tokens(clip, images), head.training
-    try: return head.eval()(tokens, tuple(s // clip.patch for s in images.shape[-2:])).float()
-    finally: head.train(training)
+    try:
+        return head.eval()(tokens, tuple(s // clip.patch for s in images.shape[-2:])).float()
+    finally:
+        head.train(training)
 
-def _resize(x, size): return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+def _resize(x, size):
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
 
 @torch.no_grad()
 def head_logits(
-    clip,            # a `diclip.clip.DenseCLIP`
-    head,            # one of `diclip.head.HEADS`, on the same device
+    clip,  # a `diclip.clip.DenseCLIP`
+    head,  # one of `diclip.head.HEADS`, on the same device
     images: Tensor,  # (B, 3, H, W) in [0, 1], sides are multiples of the patch
-) -> Tensor:         # (B, 1 + C, H, W) float32
-    "Logits of a head at the size of the image, background first, without dropout. Raises ValueError for images that do not fit."
+) -> Tensor:  # (B, 1 + C, H, W) float32
+    """Logits of a head at the size of the image, background first, without dropout.
+    Raises ValueError for images that do not fit."""
     return _resize(_patch_logits(clip, head, images), images.shape[-2:])
 
 # %% ../nbs/5_training/55_infer.ipynb #88a0acb8
 def views(
-    images: Tensor,          # (B, 3, H, W) in [0, 1]
-    patch: int,              # of CLIP, pixels
-    scales: tuple = (1.,),   # of the side
-    flip: bool = False,      # add the mirror image of each
-    size: int | None = None, # pixels of the squashed side at scale 1; None for the images' own sides
-) -> list:                   # of (images (B, 3, h, w), whether they are mirrored)
-    "An image batch at several sizes, in whole patches. Raises ValueError for scales that are none and for what is no image."
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
+    patch: int,  # of CLIP, pixels
+    scales: tuple = (1.0,),  # of the side
+    flip: bool = False,  # add the mirror image of each
+    size: int | None = None,  # pixels of the squashed side at scale 1; None for the images' own sides
+) -> list:  # of (images (B, 3, h, w), whether they are mirrored)
+    """An image batch at several sizes, in whole patches.
+    Raises ValueError for scales that are none and for what is no image."""
     check_images(images, 1)
-    if not len(scales) or not all(0 < s < math.inf for s in scales): raise ValueError(f"scales are {tuple(scales)}: give one or more numbers above 0, such as (0.7, 1.0, 1.2, 1.5)")
+    if not len(scales) or not all(0 < s < math.inf for s in scales):
+        raise ValueError(
+            f"scales are {tuple(scales)}: give one or more numbers above 0, such as (0.7, 1.0, 1.2, 1.5)"
+        )
     own, found = tuple(images.shape[-2:]), []
     for s in scales:
-        sides = tuple(max(1, int(side * s / patch + .5)) * patch for side in (own if size is None else (size, size)))
-        x = images if sides == own else F.interpolate(images.float(), sides, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+        sides = tuple(
+            max(1, int(side * s / patch + 0.5)) * patch for side in (own if size is None else (size, size))
+        )
+        x = (
+            images
+            if sides == own
+            else F.interpolate(
+                images.float(), sides, mode="bilinear", align_corners=False, antialias=True
+            ).clamp(0, 1)
+        )
         found += [(x, False), (x.flip(-1), True)] if flip else [(x, False)]
     return found
 
 # %% ../nbs/5_training/55_infer.ipynb #aad01bb1
 @torch.no_grad()
 def segment_scores(
-    clip, head,              # as for `head_logits`
-    images: Tensor,          # (B, 3, H, W) in [0, 1]
-    size: int | None = None, # pixels of the squashed input at scale 1, a profile's crop; None for the images' own sides
-    scales: tuple = (1.,),   # of the input (family: 0.7, 1.0, 1.2, 1.5)
-    flip: bool = False,      # mirror each view as well (family: yes)
-    out: tuple | None = None,# (H, W) of the result; None for the images' own
+    clip,  # as for `head_logits`
+    head,  # as for `head_logits`
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
+    size: (
+        int | None
+    ) = None,  # pixels of the squashed input at scale 1, a profile's crop; None for the images' own sides
+    scales: tuple = (1.0,),  # of the input (family: 0.7, 1.0, 1.2, 1.5)
+    flip: bool = False,  # mirror each view as well (family: yes)
+    out: tuple | None = None,  # (H, W) of the result; None for the images' own
     mean: str = "probabilities",  # or "logits": what is averaged over the views
-) -> Tensor:                 # (B, 1 + C, H, W) float32, sums to 1 over the classes
-    "Probabilities of a head, averaged over scales and mirror images. Raises ValueError for scales, images or a mean that make no sense."
-    if mean not in ("probabilities", "logits"): raise ValueError(f"unknown mean {mean!r}: choose probabilities or logits")
+) -> Tensor:  # (B, 1 + C, H, W) float32, sums to 1 over the classes
+    """Probabilities of a head, averaged over scales and mirror images.
+    Raises ValueError for scales, images or a mean that make no sense."""
+    if mean not in ("probabilities", "logits"):
+        raise ValueError(f"unknown mean {mean!r}: choose probabilities or logits")
     seen, total = views(images, clip.patch, scales, flip, size), 0
     for x, mirrored in seen:
         z = _resize(_patch_logits(clip, head, x), out or images.shape[-2:])
@@ -74,19 +97,23 @@ def segment_scores(
 # %% ../nbs/5_training/55_infer.ipynb #30204b6f
 @torch.no_grad()
 def multi_scale_cams(
-    cam_fn,                  # (B, 3, h, w) images -> (B, C, h', w') maps, zero for absent classes
-    images: Tensor,          # (B, 3, H, W) in [0, 1]
-    crop: int,               # pixels of the squashed side at scale 1, and of the result
-    patch: int,              # of CLIP, pixels
+    cam_fn,  # (B, 3, h, w) images -> (B, C, h', w') maps, zero for absent classes
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
+    crop: int,  # pixels of the squashed side at scale 1, and of the result
+    patch: int,  # of CLIP, pixels
     scales: tuple = InferenceSettings.cam_scales,  # (log)
-    flip: bool = True,       # mirror each view as well (family)
-    norm: str = "minmax",    # one of `diclip.cam.NORMS`
-) -> Tensor:                 # (B, C, crop, crop) in [0, 1]
-    "Norm of the mean of maps over scales and mirror images. Raises ValueError for scales that are none and for maps of another shape."
+    flip: bool = True,  # mirror each view as well (family)
+    norm: str = "minmax",  # one of `diclip.cam.NORMS`
+) -> Tensor:  # (B, C, crop, crop) in [0, 1]
+    """Norm of the mean of maps over scales and mirror images.
+    Raises ValueError for scales that are none and for maps of another shape."""
     seen, total = views(images, patch, scales, flip, crop), 0
     for x, mirrored in seen:
         maps = cam_fn(x)
-        if maps.ndim != 4 or len(maps) != len(images): raise ValueError(f"cam_fn returned {tuple(maps.shape)}: give (B, C, h, w), use maps.unflatten(2, grid)")
+        if maps.ndim != 4 or len(maps) != len(images):
+            raise ValueError(
+                f"cam_fn returned {tuple(maps.shape)}: give (B, C, h, w), use maps.unflatten(2, grid)"
+            )
         maps = _resize(maps.float(), (crop, crop))
         total = total + (maps.flip(-1) if mirrored else maps)
     return minmax((total / len(seen)).flatten(2), norm).unflatten(2, (crop, crop))

@@ -17,32 +17,38 @@ from .vce import vce_features
 
 # %% ../nbs/4_cache/41_keys.ipynb #d0cf4e05
 def foreground_masks(
-    maps: Tensor,            # (B, N) CAMs in [0, 1]
-    threshold: float = .5,   # t, in [0, 1)
-) -> Tensor:                 # (B, N) float, 1 = foreground
+    maps: Tensor,  # (B, N) CAMs in [0, 1]
+    threshold: float = 0.5,  # t, in [0, 1)
+) -> Tensor:  # (B, N) float, 1 = foreground
     "m = M > t of eq. (8); raises ValueError on a threshold outside [0, 1) or NaN"
-    if not 0 <= threshold < 1: raise ValueError(f"threshold {threshold} is outside [0, 1): a min-max normalised map never exceeds 1, choose e.g. 0.5")
-    if maps.isnan().any(): raise ValueError("maps contain NaN: normalise them with diclip.cam.minmax, which maps constants to 0")
+    if not 0 <= threshold < 1:
+        raise ValueError(
+            f"threshold {threshold} is outside [0, 1): a min-max normalised map never exceeds 1, choose"
+            " e.g. 0.5"
+        )
+    if maps.isnan().any():
+        raise ValueError("maps contain NaN: normalise them with diclip.cam.minmax, which maps constants to 0")
     return (maps > threshold).float()
 
+
 def patch_masks(
-    masks,             # list of (H, W) masks, or a tensor (B, H, W); nonzero = object
-    grid: tuple,       # (h, w) patches
-) -> Tensor:           # (B, N) float, 1 = at least half of the patch is object
+    masks,  # list of (H, W) masks, or a tensor (B, H, W); nonzero = object
+    grid: tuple,  # (h, w) patches
+) -> Tensor:  # (B, N) float, 1 = at least half of the patch is object
     "Pixel masks on the patch grid, in the place of a CAM's"
     pixels = [(torch.as_tensor(np.asarray(m)) != 0).float()[None, None] for m in masks]
-    return (torch.cat([F.adaptive_avg_pool2d(p, grid).flatten(1) for p in pixels]) >= .5).float()
+    return (torch.cat([F.adaptive_avg_pool2d(p, grid).flatten(1) for p in pixels]) >= 0.5).float()
 
 # %% ../nbs/4_cache/41_keys.ipynb #51bf5228
 def object_masks(
-    features: Tensor,     # (B, N, d)
-    text: Tensor,         # (d,) of the pictures' class
-    threshold: float,     # t of eq. (8)
-    par=None,             # `PAR()` to refine the CAM before it is cut
-    images: Tensor = None,   # (B, 3, H, W), for `par`
-    grid: tuple = None,   # (h, w) patches, for `par`
-    norm: str = "minmax", # one of `diclip.cam.NORMS`
-) -> Tensor:              # (B, N)
+    features: Tensor,  # (B, N, d)
+    text: Tensor,  # (d,) of the pictures' class
+    threshold: float,  # t of eq. (8)
+    par=None,  # `PAR()` to refine the CAM before it is cut
+    images: Tensor = None,  # (B, 3, H, W), for `par`
+    grid: tuple = None,  # (h, w) patches, for `par`
+    norm: str = "minmax",  # one of `diclip.cam.NORMS`
+) -> Tensor:  # (B, N)
     "The foreground of single-class pictures: CAM (1), PAR if wanted, threshold (8)"
     maps = patch_text_cam(features, text[None], norm=norm)
     if par is not None:
@@ -53,68 +59,103 @@ def object_masks(
 # %% ../nbs/4_cache/41_keys.ipynb #18a84940
 def masked_average_pool(
     features: Tensor,  # (B, N, d) patch features
-    mask: Tensor,      # (B, N) in [0, 1], 1 = pool this patch
-) -> Tensor:           # (B, d); zeros where the mask is empty
+    mask: Tensor,  # (B, N) in [0, 1], 1 = pool this patch
+) -> Tensor:  # (B, d); zeros where the mask is empty
     "Mask average pooling, eq. (8); raises ValueError when the shapes disagree or the features hold NaN"
     if features.ndim != 3 or mask.shape != features.shape[:2]:
-        raise ValueError(f"features (B, N, d) need a mask (B, N), not {tuple(features.shape)} and {tuple(mask.shape)}: flatten the mask's grid, e.g. mask.flatten(1)")
-    if not features.isfinite().all(): raise ValueError("features contain NaN or infinity: check the encoder's precision, e.g. load it with float32")
+        raise ValueError(
+            f"features (B, N, d) need a mask (B, N), not {tuple(features.shape)} and {tuple(mask.shape)}:"
+            " flatten the mask's grid, e.g. mask.flatten(1)"
+        )
+    if not features.isfinite().all():
+        raise ValueError(
+            "features contain NaN or infinity: check the encoder's precision, e.g. load it with float32"
+        )
     m = mask.to(features)
     total = m.sum(1, keepdim=True)
     return torch.einsum("bn,bnd->bd", m, features) / torch.where(total > 0, total, 1)
 
 # %% ../nbs/4_cache/41_keys.ipynb #18cf9614
 def pool_images(
-    clip, sd,         # `DenseCLIP`, `StableDiffusion` or None
-    images,           # list of (H, W, 3) uint8 arrays of one class
-    text: Tensor,     # (d,) of the class
-    profile,          # `Profile`
-    masks=None,       # list of (H, W) masks, in the place of the CAM's
-    par=None,         # `PAR()`, see `object_masks`
-    batch: int = 8,   # pictures at a time
-):                    # foreground (n, d), background (n, d)
+    clip,  # `DenseCLIP`
+    sd,  # `StableDiffusion` or None
+    images,  # list of (H, W, 3) uint8 arrays of one class
+    text: Tensor,  # (d,) of the class
+    profile,  # `Profile`
+    masks=None,  # list of (H, W) masks, in the place of the CAM's
+    par=None,  # `PAR()`, see `object_masks`
+    batch: int = 8,  # pictures at a time
+):  # foreground (n, d), background (n, d)
     "Pooled objects and backgrounds of one class's pictures, eq. (8)"
     fg, bg = [], []
     for i in range(0, len(images), batch):
-        x = batch_images(images[i:i+batch], profile.crop).to(text.device)
+        x = batch_images(images[i : i + batch], profile.crop).to(text.device)
         Fx = vce_features(clip, sd, x, profile).float()
         grid = tuple(s // clip.patch for s in x.shape[-2:])
-        m = object_masks(Fx, text.float(), profile.mask_threshold, par, x, grid, profile.norm) if masks is None else patch_masks(masks[i:i+batch], grid).to(Fx)
+        m = (
+            object_masks(Fx, text.float(), profile.mask_threshold, par, x, grid, profile.norm)
+            if masks is None
+            else patch_masks(masks[i : i + batch], grid).to(Fx)
+        )
         fg.append(masked_average_pool(Fx, m).cpu())
         bg.append(masked_average_pool(Fx, 1 - m).cpu())
     return torch.cat(fg), torch.cat(bg)
 
 # %% ../nbs/4_cache/41_keys.ipynb #a814cfd7
 def cluster_keys(
-    features: Tensor,   # (n, d) pooled features of one class
-    centroids: int,     # k, at most n
-    seed: int = 0,      # of the starting points
-) -> Tensor:            # (k, d) float32, L2-normalised
-    "The keys of one class, eq. (9): k-means centroids; raises ValueError on NaN and when there are fewer features than centroids"
+    features: Tensor,  # (n, d) pooled features of one class
+    centroids: int,  # k, at most n
+    seed: int = 0,  # of the starting points
+) -> Tensor:  # (k, d) float32, L2-normalised
+    """The keys of one class, eq. (9): k-means centroids; raises ValueError on NaN and when there are fewer
+    features than centroids"""
     from sklearn.cluster import KMeans
-    if features.ndim != 2: raise ValueError(f"features must be (n, d), not {tuple(features.shape)}: pool them first with masked_average_pool")
-    if not features.isfinite().all(): raise ValueError("features contain NaN or infinity: check the encoder's precision, e.g. load it with float32")
+
+    if features.ndim != 2:
+        raise ValueError(
+            f"features must be (n, d), not {tuple(features.shape)}: pool them first with masked_average_pool"
+        )
+    if not features.isfinite().all():
+        raise ValueError(
+            "features contain NaN or infinity: check the encoder's precision, e.g. load it with float32"
+        )
     if not 1 <= centroids <= len(features):
-        raise ValueError(f"{centroids} centroids of {len(features)} features: ask for 1 to {len(features)} centroids, or give more pictures per class")
-    found = KMeans(centroids, n_init=10, random_state=seed).fit(features.detach().cpu().float().numpy()).cluster_centers_
+        raise ValueError(
+            f"{centroids} centroids of {len(features)} features: ask for 1 to {len(features)} centroids, or"
+            " give more pictures per class"
+        )
+    found = (
+        KMeans(centroids, n_init=10, random_state=seed)
+        .fit(features.detach().cpu().float().numpy())
+        .cluster_centers_
+    )
     return F.normalize(torch.from_numpy(found).float(), dim=-1)
 
 # %% ../nbs/4_cache/41_keys.ipynb #00510839
 def cache_values(
-    keys: Tensor,                     # (n, d) foreground keys, L2-normalised
-    text: Tensor,                     # (C, d) text embeddings; None for one-hot values, with num_classes
-    class_index,                      # (n,) the class of each key, 0 to C-1
-    background: int = 0,              # background rows to append
-    num_classes: int | None = None,   # C, where there is no text
-    text_weighted: bool = True,       # False: one-hot labels, Table V
-) -> Tensor:                          # (n + background, C + 1); the background is the LAST column
+    keys: Tensor,  # (n, d) foreground keys, L2-normalised
+    text: Tensor,  # (C, d) text embeddings; None for one-hot values, with num_classes
+    class_index,  # (n,) the class of each key, 0 to C-1
+    background: int = 0,  # background rows to append
+    num_classes: int | None = None,  # C, where there is no text
+    text_weighted: bool = True,  # False: one-hot labels, Table V
+) -> Tensor:  # (n + background, C + 1); the background is the LAST column
     "The values, eq. (10); raises ValueError when the classes do not fit"
     C = num_classes if text is None else len(text)
-    if C is None or (text is None and text_weighted): raise ValueError("text-weighted values need text (C, d): pass it, or text_weighted=False and num_classes")
+    if C is None or (text is None and text_weighted):
+        raise ValueError(
+            "text-weighted values need text (C, d): pass it, or text_weighted=False and num_classes"
+        )
     y = torch.as_tensor(class_index, dtype=torch.long, device=keys.device)
-    if y.shape != keys.shape[:1]: raise ValueError(f"{len(keys)} keys need as many class indices, not {tuple(y.shape)}")
-    if len(y) and not 0 <= y.min() <= y.max() < C: raise ValueError(f"class indices must lie in 0..{C - 1}: the background has rows of its own, see background=")
+    if y.shape != keys.shape[:1]:
+        raise ValueError(f"{len(keys)} keys need as many class indices, not {tuple(y.shape)}")
+    if len(y) and not 0 <= y.min() <= y.max() < C:
+        raise ValueError(
+            f"class indices must lie in 0..{C - 1}: the background has rows of its own, see background="
+        )
     V = keys.new_zeros(len(keys) + background, C + 1)
-    V[torch.arange(len(keys)), y] = F.cosine_similarity(keys, text.to(keys)[y], dim=-1) if text_weighted else 1.
-    V[len(keys):, C] = 1
+    V[torch.arange(len(keys)), y] = (
+        F.cosine_similarity(keys, text.to(keys)[y], dim=-1) if text_weighted else 1.0
+    )
+    V[len(keys) :, C] = 1
     return V

@@ -14,36 +14,49 @@ from .config import LabelSettings
 
 # %% ../nbs/2_clip/23_labels.ipynb #574d9a20
 def _check_maps(maps):
-    if maps.ndim < 2 or not maps.is_floating_point(): raise ValueError(f"maps are {maps.dtype} of shape {tuple(maps.shape)}: give floats (B, C, ...)")
-    if maps.isnan().any(): raise ValueError("maps hold NaN: normalize constant maps to 0 first")
+    if maps.ndim < 2 or not maps.is_floating_point():
+        raise ValueError(f"maps are {maps.dtype} of shape {tuple(maps.shape)}: give floats (B, C, ...)")
+    if maps.isnan().any():
+        raise ValueError("maps hold NaN: normalize constant maps to 0 first")
     if maps.numel() and (maps.min() < -1e-4 or maps.max() > 1 + 1e-4):
-        raise ValueError(f"maps go from {maps.min():.3g} to {maps.max():.3g}: normalize them to [0, 1] first, and refine with `refine_labels`")
+        raise ValueError(
+            f"maps go from {maps.min():.3g} to {maps.max():.3g}: normalize them to [0, 1] first, and refine"
+            " with `refine_labels`"
+        )
+
 
 def background_score(
-    maps: Tensor,        # (B, C, ...) in [0, 1], zero for absent classes
-    gamma: float = 1.,   # above 1 the background shrinks, below 1 it grows
-) -> Tensor:             # (B, 1, ...) in [0, 1]
+    maps: Tensor,  # (B, C, ...) in [0, 1], zero for absent classes
+    gamma: float = 1.0,  # above 1 the background shrinks, below 1 it grows
+) -> Tensor:  # (B, 1, ...) in [0, 1]
     "(1 - max_c M_c) ** gamma. Raises ValueError for NaN, maps outside [0, 1], or gamma <= 0."
     _check_maps(maps)
-    if gamma <= 0: raise ValueError(f"gamma is {gamma}: give a number above 0")
+    if gamma <= 0:
+        raise ValueError(f"gamma is {gamma}: give a number above 0")
     return (1 - maps.amax(1, keepdim=True)).clamp(0, 1) ** gamma
 
 # %% ../nbs/2_clip/23_labels.ipynb #d21170eb
 def _check_mode(low, high, threshold):
-    if (low is None) != (high is None): raise ValueError("low and high come as a pair: give both, or neither")
-    if low is not None and threshold is not None: raise ValueError("give the pair low and high or one threshold, not all three")
-    if low is not None and not low < high: raise ValueError(f"low is {low} and high is {high}: low must be below high")
+    if (low is None) != (high is None):
+        raise ValueError("low and high come as a pair: give both, or neither")
+    if low is not None and threshold is not None:
+        raise ValueError("give the pair low and high or one threshold, not all three")
+    if low is not None and not low < high:
+        raise ValueError(f"low is {low} and high is {high}: low must be below high")
+
 
 def pseudo_labels(
-    maps: Tensor,             # (B, C, H, W) in [0, 1], zero for absent classes
-    low: float | None = None,   # at or below: background; needs `high` (the logs: 0.25)
+    maps: Tensor,  # (B, C, H, W) in [0, 1], zero for absent classes
+    low: float | None = None,  # at or below: background; needs `high` (the logs: 0.25)
     high: float | None = None,  # above: the strongest class; between: 255 (the logs: 0.7)
-    gamma: float = 1.,        # power of the background score, where no threshold is given
+    gamma: float = 1.0,  # power of the background score, where no threshold is given
     threshold: float | None = None,  # one cut for all: background at or below it
-) -> Tensor:                  # (B, H, W) int64: 0 = background, c + 1 = class c, 255 = ignore
-    "Labels by the background score (default), two thresholds, or one. Raises ValueError for maps outside [0, 1], NaN, or settings that exclude each other."
+) -> Tensor:  # (B, H, W) int64: 0 = background, c + 1 = class c, 255 = ignore
+    """Labels by the background score (default), two thresholds, or one.
+    Raises ValueError for maps outside [0, 1], NaN, or settings that exclude each other."""
     _check_mode(low, high, threshold)
-    if low is None and threshold is None: return torch.cat([background_score(maps, gamma), maps], 1).argmax(1)
+    if low is None and threshold is None:
+        return torch.cat([background_score(maps, gamma), maps], 1).argmax(1)
     _check_maps(maps)
     low, high = (threshold, threshold) if low is None else (low, high)
     value, index = maps.max(1)
@@ -51,21 +64,34 @@ def pseudo_labels(
 
 # %% ../nbs/2_clip/23_labels.ipynb #83bc0c66
 class PAR(nn.Module):
-    "Pixel-adaptive refinement (AFA, the paper's [13]). Raises ValueError for dilations below 1, negative rounds, or a chunk below 1."
-    def __init__(self,
+    """Pixel-adaptive refinement (AFA, the paper's [13]).
+    Raises ValueError for dilations below 1, negative rounds, or a chunk below 1."""
+
+    def __init__(
+        self,
         dilations=LabelSettings.par_dilations,  # distances of the neighbors, pixels; eight neighbors each
         rounds: int = LabelSettings.par_rounds,  # how often the scores are averaged
-        chunk: int | None = None,        # images treated at a time, which bounds the memory; None: all
-        color: float = .3,               # scale of the color and distance terms
-        place: float = .01,              # weight of the distance term
+        chunk: int | None = None,  # images treated at a time, which bounds the memory; None: all
+        color: float = 0.3,  # scale of the color and distance terms
+        place: float = 0.01,  # weight of the distance term
     ):
         super().__init__()
-        if not dilations or min(dilations) < 1: raise ValueError(f"dilations are {dilations}: give distances of at least 1 pixel")
-        if rounds < 0 or (chunk is not None and chunk < 1): raise ValueError(f"rounds is {rounds} and chunk is {chunk}: give rounds >= 0 and chunk >= 1 or None")
-        self.rounds, self.chunk, self.color, self.place, self.pad = rounds, chunk, color, place, max(dilations)
-        self.offsets = [(i*d, j*d) for d in dilations for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
+        if not dilations or min(dilations) < 1:
+            raise ValueError(f"dilations are {dilations}: give distances of at least 1 pixel")
+        if rounds < 0 or (chunk is not None and chunk < 1):
+            raise ValueError(
+                f"rounds is {rounds} and chunk is {chunk}: give rounds >= 0 and chunk >= 1 or None"
+            )
+        self.rounds = rounds
+        self.chunk = chunk
+        self.color = color
+        self.place = place
+        self.pad = max(dilations)
+        self.offsets = [
+            (i * d, j * d) for d in dilations for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)
+        ]
         d = torch.tensor([math.hypot(*o) for o in self.offsets])
-        self.register_buffer("near", place * (-(d / (color * d.std()))**2).softmax(0), persistent=False)
+        self.register_buffer("near", place * (-((d / (color * d.std())) ** 2)).softmax(0), persistent=False)
 
     @property
     def gain(self) -> float:
@@ -74,66 +100,85 @@ class PAR(nn.Module):
 
 # %% ../nbs/2_clip/23_labels.ipynb #c6018a9f
 @patch
-def neighbors(self:PAR,
+def neighbors(
+    self: PAR,
     x: Tensor,  # (B, C, H, W)
-) -> list:      # one (B, C, H, W) view an offset
+) -> list:  # one (B, C, H, W) view an offset
     "The neighbors of every pixel, the border repeated outwards."
     (H, W), p = x.shape[-2:], self.pad
     x = F.pad(x, (p, p, p, p), mode="replicate")
-    return [x[..., p + i:p + i + H, p + j:p + j + W] for i, j in self.offsets]
+    return [x[..., p + i : p + i + H, p + j : p + j + W] for i, j in self.offsets]
 
 # %% ../nbs/2_clip/23_labels.ipynb #bf3ee438
 @patch
-def weights(self:PAR,
+def weights(
+    self: PAR,
     images: Tensor,  # (B, 3, H, W) float RGB
-) -> Tensor:         # (B, 48, H, W), sums to 1.01 over dimension 1
+) -> Tensor:  # (B, 48, H, W), sums to 1.01 over dimension 1
     "How much each pixel listens to each neighbor: w_ij above."
-    apart = [near - images for near in self.neighbors(images)]             # 48 of (B, 3, H, W)
-    n, total, squares = len(apart), torch.zeros_like(images), torch.zeros_like(images)
-    for d in apart: total += d; squares.addcmul_(d, d)
+    apart = [near - images for near in self.neighbors(images)]  # 48 of (B, 3, H, W)
+    n = len(apart)
+    total = torch.zeros_like(images)
+    squares = torch.zeros_like(images)
+    for d in apart:
+        total += d
+        squares.addcmul_(d, d)
     sigma = ((squares - total.square() / n) / (n - 1)).clamp_min(0).sqrt() + 1e-8
     scale = -1 / (self.color * sigma).square() / images.shape[1]
     kappa = torch.stack([(d.square() * scale).sum(1) for d in apart], 1)
     return kappa.softmax(1) + self.near[:, None, None]
 
-# %% ../nbs/2_clip/23_labels.ipynb #fbee42d7
+# %% ../nbs/2_clip/23_labels.ipynb #d41be32b
 @patch
 @torch.no_grad()
-def forward(self:PAR,
+def forward(
+    self: PAR,
     images: Tensor,  # (B, 3, H, W) float RGB
-    maps: Tensor,    # (B, C, H, W) scores at the size of the images
-) -> Tensor:         # (B, C, H, W), `gain` times the scale of the maps
-    "Average the maps along what looks alike, without gradient. Raises ValueError for NaN, integer images, or sizes that differ."
+    maps: Tensor,  # (B, C, H, W) scores at the size of the images
+) -> Tensor:  # (B, C, H, W), `gain` times the scale of the maps
+    """Average the maps along what looks alike, without gradient.
+    Raises ValueError for NaN, integer images, or sizes that differ."""
     if images.ndim != 4 or maps.ndim != 4 or len(images) != len(maps) or images.shape[2:] != maps.shape[2:]:
-        raise ValueError(f"images {tuple(images.shape)} and maps {tuple(maps.shape)} do not fit: give (B, 3, H, W) and (B, C, H, W), resize the maps first")
-    if not images.is_floating_point() or images.isnan().any() or maps.isnan().any(): raise ValueError("images and maps must be floats without NaN: divide uint8 images by 255")
-    live, step, out = (maps != 0).flatten(2).any(2).any(0), self.chunk or len(images), torch.zeros_like(maps)
-    if not live.any(): return out
+        raise ValueError(
+            f"images {tuple(images.shape)} and maps {tuple(maps.shape)} do not fit: give (B, 3, H, W) and (B,"
+            " C, H, W), resize the maps first"
+        )
+    if not images.is_floating_point() or images.isnan().any() or maps.isnan().any():
+        raise ValueError("images and maps must be floats without NaN: divide uint8 images by 255")
+    live = (maps != 0).flatten(2).any(2).any(0)
+    step = self.chunk or len(images)
+    out = torch.zeros_like(maps)
+    if not live.any():
+        return out
     parts = zip(images.float().split(step), maps[:, live].float().split(step))
     out[:, live] = torch.cat([self._refine(i, m) for i, m in parts]).to(maps.dtype)
     return out
 
+# %% ../nbs/2_clip/23_labels.ipynb #fbee42d7
 @patch
-def _refine(self:PAR, images, maps):
+def _refine(self: PAR, images, maps):
     w = self.weights(images)
     for _ in range(self.rounds):
         total = torch.zeros_like(maps)
-        for k, neighbor in enumerate(self.neighbors(maps)): total.addcmul_(w[:, k, None], neighbor)
+        for k, neighbor in enumerate(self.neighbors(maps)):
+            total.addcmul_(w[:, k, None], neighbor)
         maps = total
     return maps
 
 # %% ../nbs/2_clip/23_labels.ipynb #64047f9d
 def refine_labels(
-    images: Tensor,           # (B, 3, H, W) float RGB
-    maps: Tensor,             # (B, C, H, W) in [0, 1], zero for absent classes
-    par: PAR,                 # the refinement
-    low: float | None = None,   # as in `pseudo_labels`
+    images: Tensor,  # (B, 3, H, W) float RGB
+    maps: Tensor,  # (B, C, H, W) in [0, 1], zero for absent classes
+    par: PAR,  # the refinement
+    low: float | None = None,  # as in `pseudo_labels`
     high: float | None = None,
-    gamma: float = 1.,
+    gamma: float = 1.0,
     threshold: float | None = None,
-) -> Tensor:                  # (B, H, W) int64: 0 = background, c + 1 = class c, 255 = ignore
-    "Pseudo-labels of refined maps (the supervision of (14) and (15)). Raises ValueError as `pseudo_labels` and `PAR` do."
+) -> Tensor:  # (B, H, W) int64: 0 = background, c + 1 = class c, 255 = ignore
+    """Pseudo-labels of refined maps (the supervision of (14) and (15)).
+    Raises ValueError as `pseudo_labels` and `PAR` do."""
     _check_mode(low, high, threshold)
-    background = background_score(maps, gamma)                             # checks the maps, too
-    if low is None and threshold is None: return par(images, torch.cat([background, maps], 1)).argmax(1)
+    background = background_score(maps, gamma)  # checks the maps, too
+    if low is None and threshold is None:
+        return par(images, torch.cat([background, maps], 1)).argmax(1)
     return pseudo_labels(par(images, maps) / par.gain, low, high, threshold=threshold)

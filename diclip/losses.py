@@ -12,47 +12,64 @@ from torch.nn import functional as F
 
 # %% ../nbs/5_training/51_losses.ipynb #3fab6217
 def seg_loss(
-    logits: Tensor,          # (B, K, H, W), background first
-    target: Tensor,          # (B, H, W) int: 0 background, 1 to K - 1 classes, `ignore`
-    ignore: int = 255,       # label that counts nowhere
-    average=None,            # function that averages a tensor over all processes; None for one process
-    foreground: float = .5,  # weight of the foreground's part, 0 to 1; the background has the rest
-) -> Tensor:                 # scalar; a part without pixels counts 0
-    "L_seg of (15): the mean of the foreground and the background cross-entropy. Raises ValueError for shapes that do not fit, labels that do not exist and a weight outside 0 to 1."
-    if not 0 <= foreground <= 1: raise ValueError(f"foreground {foreground} is no weight: give a number from 0 to 1, .5 for the mean of both parts")
+    logits: Tensor,  # (B, K, H, W), background first
+    target: Tensor,  # (B, H, W) int: 0 background, 1 to K - 1 classes, `ignore`
+    ignore: int = 255,  # label that counts nowhere
+    average=None,  # function that averages a tensor over all processes; None for one process
+    foreground: float = 0.5,  # weight of the foreground's part, 0 to 1; the background has the rest
+) -> Tensor:  # scalar; a part without pixels counts 0
+    """L_seg of (15): the mean of the foreground and the background cross-entropy.
+    Raises ValueError for shapes that do not fit, labels that do not exist and a weight outside 0 to 1."""
+    if not 0 <= foreground <= 1:
+        raise ValueError(
+            f"foreground {foreground} is no weight: give a number from 0 to 1, .5 for the mean of both parts"
+        )
     if logits.ndim != 4 or target.shape != logits.shape[:1] + logits.shape[2:]:
-        raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not fit: give (B, K, H, W) and (B, H, W), resize the logits first")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not fit: give (B, K, H, W) and"
+            " (B, H, W), resize the logits first"
+        )
     known = target[target != ignore]
     if (bad := known[(known < 0) | (known >= logits.shape[1])]).numel():
-        raise ValueError(f"the target has label {int(bad[0])}, but there are {logits.shape[1]} outputs: the background is 0 and class c is c + 1")
+        raise ValueError(
+            f"the target has label {int(bad[0])}, but there are {logits.shape[1]} outputs: the background is"
+            " 0 and class c is c + 1"
+        )
     loss = F.cross_entropy(logits, target.long(), ignore_index=ignore, reduction="none")
     parts = torch.stack([target == 0, (target > 0) & (target != ignore)]).to(loss.dtype)
     counts = parts.sum((1, 2, 3))
-    if average is not None: counts = average(counts)
+    if average is not None:
+        counts = average(counts)
     means = (parts * loss).sum((1, 2, 3)) / counts.clamp_min(torch.finfo(loss.dtype).tiny)
     return (1 - foreground) * means[0] + foreground * means[1]
 
 # %% ../nbs/5_training/51_losses.ipynb #bd88c9ef
 def cache_loss(
-    votes: Tensor,      # (B, N, C + 1) raw output of the adapter, the background last
-    target: Tensor,     # (B, N) int: 0 background, c + 1 = class c, 255 ignored
-    average=None,       # function that averages a tensor over all processes; None for one process
-) -> Tensor:            # scalar; 0 where everything is ignored
+    votes: Tensor,  # (B, N, C + 1) raw output of the adapter, the background last
+    target: Tensor,  # (B, N) int: 0 background, c + 1 = class c, 255 ignored
+    average=None,  # function that averages a tensor over all processes; None for one process
+) -> Tensor:  # scalar; 0 where everything is ignored
     "L_cache (14): cross-entropy of the adapter's votes. Raises ValueError for shapes that do not fit."
-    if votes.ndim != 3 or target.shape != votes.shape[:2]: raise ValueError(f"votes {tuple(votes.shape)} and target {tuple(target.shape)} do not fit: give (B, N, C + 1) and (B, N)")
+    if votes.ndim != 3 or target.shape != votes.shape[:2]:
+        raise ValueError(
+            f"votes {tuple(votes.shape)} and target {tuple(target.shape)} do not fit: give (B, N, C + 1) and"
+            " (B, N)"
+        )
     column = torch.where(target == 0, votes.shape[2] - 1, target - 1).masked_fill(target == 255, -100)
     total = F.cross_entropy(votes.flatten(0, 1), column.flatten(), reduction="sum")
     count = (target != 255).sum().to(total.dtype)
-    if average is not None: count = average(count)
+    if average is not None:
+        count = average(count)
     return total / count.clamp_min(1 / target.numel())
 
 # %% ../nbs/5_training/51_losses.ipynb #acbf4937
 def affinity_loss(
-    features: Tensor,   # (B, D, h, w) of the head
-    target: Tensor,     # (B, h, w) int, 255 ignored
-    radius: int = 8,    # patches (logs)
-) -> Tensor:            # scalar; a part without pairs counts 0
-    "The logs' affinity loss: near patches of one label should have similar features, near patches of two labels should not."
+    features: Tensor,  # (B, D, h, w) of the head
+    target: Tensor,  # (B, h, w) int, 255 ignored
+    radius: int = 8,  # patches (logs)
+) -> Tensor:  # scalar; a part without pairs counts 0
+    """The logs' affinity loss: near patches of one label should have similar features, near patches of two
+    labels should not."""
     B, D, h, w = features.shape
     f, y = features.flatten(2).mT, target.flatten(1)
     at = torch.cartesian_prod(torch.arange(h, device=y.device), torch.arange(w, device=y.device)).float()
@@ -64,14 +81,16 @@ def affinity_loss(
 
 # %% ../nbs/5_training/51_losses.ipynb #a661ab5f
 def learning_rate(
-    step: int,              # 0 to steps - 1
-    steps: int,             # T, iterations in all
-    base: float,            # the highest rate
-    warmup: int = 50,       # iterations of the linear rise (logs: 50 VOC, 200 COCO)
-    power: float = 1.,      # of the polynomial decay (logs)
-    start: float = 1e-6,    # the rate at step 0
+    step: int,  # 0 to steps - 1
+    steps: int,  # T, iterations in all
+    base: float,  # the highest rate
+    warmup: int = 50,  # iterations of the linear rise (logs: 50 VOC, 200 COCO)
+    power: float = 1.0,  # of the polynomial decay (logs)
+    start: float = 1e-6,  # the rate at step 0
 ) -> float:
     "Linear warm-up, then polynomial decay counted from step 0. Raises ValueError for steps outside 0 to T."
-    if not 0 <= step <= steps: raise ValueError(f"step {step} is outside 0 to {steps}: the schedule ends there")
-    if step < warmup: return start + (base - start) * step / warmup
+    if not 0 <= step <= steps:
+        raise ValueError(f"step {step} is outside 0 to {steps}: the schedule ends there")
+    if step < warmup:
+        return start + (base - start) * step / warmup
     return base * (1 - step / steps) ** power

@@ -13,148 +13,222 @@ from fastcore.basics import patch
 
 # %% ../nbs/1_ground/15_metrics.ipynb #398eb8d1
 def count_pairs(
-    pred: Tensor,      # (B, H, W) class indices in [0, K)
-    target: Tensor,    # (B, H, W) class indices in [0, K), or `ignore_index`
+    pred: Tensor,  # (B, H, W) class indices in [0, K)
+    target: Tensor,  # (B, H, W) class indices in [0, K), or `ignore_index`
     num_classes: int,  # K, the background included
     ignore_index: int = 255,  # target value of pixels that do not count
-) -> Tensor:           # (B, K, K) counts, rows = target, columns = prediction
+) -> Tensor:  # (B, K, K) counts, rows = target, columns = prediction
     "One confusion matrix an image."
     B, K = len(pred), num_classes
     image = torch.arange(B, device=pred.device)[:, None, None]
     triple = (image * K + target) * K + pred
-    return torch.bincount(triple[target != ignore_index], minlength=B*K*K).view(B, K, K)
+    return torch.bincount(triple[target != ignore_index], minlength=B * K * K).view(B, K, K)
 
 # %% ../nbs/1_ground/15_metrics.ipynb #4a0be400
 def class_scores(
     matrix: Tensor,  # (..., K, K) counts, rows = target, columns = prediction
-) -> dict:           # name -> (..., K) float64, NaN where undefined
+) -> dict:  # name -> (..., K) float64, NaN where undefined
     "IoU, precision, recall and confusion ratio (Table VIII) of each class, for one table or a stack of them."
     N = matrix.double()
     tp = N.diagonal(dim1=-2, dim2=-1)
     fp, fn = N.sum(-2) - tp, N.sum(-1) - tp
-    return dict(iou=tp / (tp + fp + fn), precision=tp / (tp + fp), recall=tp / (tp + fn), confusion_ratio=torch.where(tp > 0, fp / tp, torch.nan))
+    return dict(
+        iou=tp / (tp + fp + fn),
+        precision=tp / (tp + fp),
+        recall=tp / (tp + fn),
+        confusion_ratio=torch.where(tp > 0, fp / tp, torch.nan),
+    )
 
 # %% ../nbs/1_ground/15_metrics.ipynb #1c20abca
 def mean_score(
     matrix: Tensor,  # (..., K, K) counts, rows = target, columns = prediction
     metric: str = "miou",  # "miou" ("iou"), "precision", "recall", "confusion_ratio" or "accuracy"
-) -> Tensor:         # (...,) float64
-    "The mean over all defined classes, background included, or the pixel accuracy. Raises ValueError for an unknown metric."
-    if metric == "accuracy": return matrix.double().diagonal(dim1=-2, dim2=-1).sum(-1) / matrix.double().sum((-2, -1))
+) -> Tensor:  # (...,) float64
+    """The mean over all defined classes, background included, or the pixel accuracy.
+    Raises ValueError for an unknown metric."""
+    if metric == "accuracy":
+        return matrix.double().diagonal(dim1=-2, dim2=-1).sum(-1) / matrix.double().sum((-2, -1))
     scores = class_scores(matrix)
     scores["miou"] = scores["iou"]
-    if metric not in scores: raise ValueError(f"metric {metric!r} is unknown: take one of {', '.join(scores)}, accuracy")
+    if metric not in scores:
+        raise ValueError(f"metric {metric!r} is unknown: take one of {', '.join(scores)}, accuracy")
     return scores[metric].nanmean(-1)
 
 # %% ../nbs/1_ground/15_metrics.ipynb #98e04598
 class ConfusionMatrix:
-    "Streaming confusion matrix, rows = target and columns = prediction: every score of the paper is read off it. Raises ValueError for a bad size."
-    def __init__(self,
-        num_classes: int,         # K, the background included
+    """Streaming confusion matrix, rows = target and columns = prediction: every score of the paper is read
+    off it.
+    Raises ValueError for a bad size."""
+
+    def __init__(
+        self,
+        num_classes: int,  # K, the background included
         ignore_index: int = 255,  # target value of pixels that do not count
-        per_image: bool = True,   # keep a sparse table an image, for `bootstrap` and `subset`
+        per_image: bool = True,  # keep a sparse table an image, for `bootstrap` and `subset`
     ):
-        if num_classes < 2: raise ValueError(f"num_classes is {num_classes}: count the background too, so at least 2")
-        if 0 <= ignore_index < num_classes: raise ValueError(f"ignore_index {ignore_index} is also a class: choose one outside 0..{num_classes - 1}")
-        self.num_classes, self.ignore_index, self.per_image = num_classes, ignore_index, per_image
-        self.matrix, self.images, self._record = torch.zeros(num_classes, num_classes, dtype=torch.long), 0, []
-    def __repr__(self): return f"ConfusionMatrix({self.num_classes} classes, {self.images} images, mIoU {100*self._score('iou', True):.1f})"
-    def __radd__(self, other): return self if other == 0 else NotImplemented  # lets `sum` start from 0
-    def _score(self, metric, mean): return mean_score(self.matrix, metric).item() if mean else class_scores(self.matrix)[metric]
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}: count the background too, so at least 2")
+        if 0 <= ignore_index < num_classes:
+            raise ValueError(
+                f"ignore_index {ignore_index} is also a class: choose one outside 0..{num_classes - 1}"
+            )
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.per_image = per_image
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.long)
+        self.images = 0
+        self._record = []
+
+    def __repr__(self):
+        return (
+            f"ConfusionMatrix({self.num_classes} classes, {self.images} images, mIoU"
+            f" {100*self._score('iou', True):.1f})"
+        )
+
+    def __radd__(self, other):
+        return self if other == 0 else NotImplemented  # lets `sum` start from 0
+
+    def _score(self, metric, mean):
+        return mean_score(self.matrix, metric).item() if mean else class_scores(self.matrix)[metric]
+
     def _tables(self):
-        if not self.per_image: raise ValueError("this matrix keeps no record of its images: build it with per_image=True")
-        return torch.cat(self._record)                                # (images, K*K), sparse
+        if not self.per_image:
+            raise ValueError("this matrix keeps no record of its images: build it with per_image=True")
+        return torch.cat(self._record)  # (images, K*K), sparse
 
 # %% ../nbs/1_ground/15_metrics.ipynb #4687665a
 def _indices(mask, name):
     "A mask as (B, H, W) class indices, or a ValueError that says what is wrong."
     mask = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     if mask.is_floating_point():
-        raise ValueError(f"{name} holds {'NaN' if mask.isnan().any() else mask.dtype}: give integer class indices, for scores their argmax over the classes")
-    if mask.ndim not in (2, 3): raise ValueError(f"{name} has shape {tuple(mask.shape)}: give class indices of shape (H, W) or (B, H, W)")
+        raise ValueError(
+            f"{name} holds {'NaN' if mask.isnan().any() else mask.dtype}: give integer class indices, for"
+            " scores their argmax over the classes"
+        )
+    if mask.ndim not in (2, 3):
+        raise ValueError(
+            f"{name} has shape {tuple(mask.shape)}: give class indices of shape (H, W) or (B, H, W)"
+        )
     return mask.long() if mask.ndim == 3 else mask.long()[None]
+
+
 def _pair(pred, target, num_classes, ignore_index):
     "Prediction and target as (B, H, W) of one shape, with every counted value in range."
     pred, target = _indices(pred, "pred"), _indices(target, "target")
-    if pred.shape != target.shape: raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} differ: resize the prediction to the target")
+    if pred.shape != target.shape:
+        raise ValueError(
+            f"pred {tuple(pred.shape)} and target {tuple(target.shape)} differ: resize the prediction to the"
+            " target"
+        )
     target = target.to(pred.device)
     counted = target != ignore_index
     for name, mask in (("pred", pred[counted]), ("target", target[counted])):
         if mask.numel() and not 0 <= mask.min() <= mask.max() < num_classes:
-            raise ValueError(f"{name} holds values from {mask.min()} to {mask.max()}: classes go from 0 to {num_classes - 1}, and only a target may hold {ignore_index}")
+            raise ValueError(
+                f"{name} holds values from {mask.min()} to {mask.max()}: classes go from 0 to"
+                f" {num_classes - 1}, and only a target may hold {ignore_index}"
+            )
     return pred, target
 
 # %% ../nbs/1_ground/15_metrics.ipynb #1134705f
 @patch
-def update(self:ConfusionMatrix,
-    pred,    # (H, W) or (B, H, W) integer tensor or array, classes in [0, K)
+def update(
+    self: ConfusionMatrix,
+    pred,  # (H, W) or (B, H, W) integer tensor or array, classes in [0, K)
     target,  # the same shape; `ignore_index` where a pixel does not count
 ) -> "ConfusionMatrix":
-    "Count one image or a batch of images of one size. Raises ValueError for wrong shapes, values out of range, scores or NaN."
+    """Count one image or a batch of images of one size.
+    Raises ValueError for wrong shapes, values out of range, scores or NaN."""
     pred, target = _pair(pred, target, self.num_classes, self.ignore_index)
     tables = count_pairs(pred, target, self.num_classes, self.ignore_index).cpu()
     self.matrix, self.images = self.matrix + tables.sum(0), self.images + len(tables)
-    if self.per_image: self._record.append(tables.flatten(1).to_sparse())
+    if self.per_image:
+        self._record.append(tables.flatten(1).to_sparse())
     return self
 
 # %% ../nbs/1_ground/15_metrics.ipynb #1daeb93a
 @patch
-def iou(self:ConfusionMatrix, mean: bool = False) -> Tensor:
+def iou(self: ConfusionMatrix, mean: bool = False) -> Tensor:
     "(K,) intersection over union, NaN for a class that is neither there nor predicted; or the mean."
     return self._score("iou", mean)
+
+
 @patch
-def precision(self:ConfusionMatrix, mean: bool = False) -> Tensor:
-    "(K,) share of what was called c that is c, NaN where c was never predicted; or the mean (Tables IV, V, XI, XII)."
+def precision(self: ConfusionMatrix, mean: bool = False) -> Tensor:
+    """(K,) share of what was called c that is c, NaN where c was never predicted; or the mean (Tables IV, V,
+    XI, XII)."""
     return self._score("precision", mean)
+
+
 @patch
-def recall(self:ConfusionMatrix, mean: bool = False) -> Tensor:
+def recall(self: ConfusionMatrix, mean: bool = False) -> Tensor:
     "(K,) share of c that was found, NaN where c is not in the targets; or the mean (Tables IV, V, XI, XII)."
     return self._score("recall", mean)
+
+
 @patch
-def confusion_ratio(self:ConfusionMatrix, mean: bool = False) -> Tensor:
+def confusion_ratio(self: ConfusionMatrix, mean: bool = False) -> Tensor:
     "(K,) FP / TP, NaN where TP = 0; or the mean over the defined classes, background included (Table VIII)."
     return self._score("confusion_ratio", mean)
+
+
 @patch
-def miou(self:ConfusionMatrix) -> float:
+def miou(self: ConfusionMatrix) -> float:
     "Mean IoU over the background and all classes that are there or predicted (Tables I-VII)."
     return self._score("iou", True)
+
+
 @patch
-def accuracy(self:ConfusionMatrix) -> float:
+def accuracy(self: ConfusionMatrix) -> float:
     "Share of the counted pixels that are right."
     return self._score("accuracy", True)
 
 # %% ../nbs/1_ground/15_metrics.ipynb #bfed9d7b
 @patch
-def undefined(self:ConfusionMatrix,
-    names=None,                       # K names, or K - 1 names without the background; None: the indices
+def undefined(
+    self: ConfusionMatrix,
+    names=None,  # K names, or K - 1 names without the background; None: the indices
     metric: str = "confusion_ratio",  # or "iou", "precision", "recall"
 ) -> list:
-    "The classes that the mean of `metric` leaves out because theirs is undefined. Raises ValueError for a wrong number of names."
+    """The classes that the mean of `metric` leaves out because theirs is undefined.
+    Raises ValueError for a wrong number of names."""
     names = list(range(self.num_classes)) if names is None else list(names)
-    if len(names) == self.num_classes - 1: names = ["background"] + names
-    if len(names) != self.num_classes: raise ValueError(f"{len(names)} names for {self.num_classes} classes: give all, or all but the background")
+    if len(names) == self.num_classes - 1:
+        names = ["background"] + names
+    if len(names) != self.num_classes:
+        raise ValueError(
+            f"{len(names)} names for {self.num_classes} classes: give all, or all but the background"
+        )
     return [n for n, v in zip(names, class_scores(self.matrix)[metric].tolist()) if v != v]
 
 # %% ../nbs/1_ground/15_metrics.ipynb #4e68f19e
 @patch
-def __add__(self:ConfusionMatrix, other) -> "ConfusionMatrix":
+def __add__(self: ConfusionMatrix, other) -> "ConfusionMatrix":
     "The table of both sets of images. Raises ValueError where classes or the ignored value differ."
-    if not isinstance(other, ConfusionMatrix): return NotImplemented
+    if not isinstance(other, ConfusionMatrix):
+        return NotImplemented
     if (self.num_classes, self.ignore_index) != (other.num_classes, other.ignore_index):
-        raise ValueError(f"tables of {self.num_classes} and {other.num_classes} classes (ignoring {self.ignore_index} and {other.ignore_index}) cannot be added")
+        raise ValueError(
+            f"tables of {self.num_classes} and {other.num_classes} classes (ignoring {self.ignore_index} and"
+            f" {other.ignore_index}) cannot be added"
+        )
     out = ConfusionMatrix(self.num_classes, self.ignore_index, self.per_image and other.per_image)
     out.matrix, out.images = self.matrix + other.matrix, self.images + other.images
-    if out.per_image: out._record = self._record + other._record
+    if out.per_image:
+        out._record = self._record + other._record
     return out
 
 # %% ../nbs/1_ground/15_metrics.ipynb #c66e4d32
 @patch
-def subset(self:ConfusionMatrix,
+def subset(
+    self: ConfusionMatrix,
     images,  # numbers of images, in the order of their arrival
 ) -> "ConfusionMatrix":
-    "The table of some of the images. Raises ValueError without the per-image record or for a number out of range."
+    """The table of some of the images.
+    Raises ValueError without the per-image record or for a number out of range."""
     images = torch.as_tensor(images, dtype=torch.long).flatten()
-    if len(images) and not 0 <= images.min() <= images.max() < self.images: raise ValueError(f"images are numbered 0 to {self.images - 1}")
+    if len(images) and not 0 <= images.min() <= images.max() < self.images:
+        raise ValueError(f"images are numbered 0 to {self.images - 1}")
     out = ConfusionMatrix(self.num_classes, self.ignore_index)
     out._record, out.images = [self._tables().index_select(0, images)], len(images)
     out.matrix = torch.sparse.sum(out._record[0], 0).to_dense().view_as(self.matrix)
@@ -162,89 +236,117 @@ def subset(self:ConfusionMatrix,
 
 # %% ../nbs/1_ground/15_metrics.ipynb #04cf42d2
 @patch
-def resampled(self:ConfusionMatrix,
+def resampled(
+    self: ConfusionMatrix,
     metric: str = "miou",  # any name that `mean_score` knows
-    draws: int = 1000,     # resampled datasets
-    seed: int = 0,         # the same seed draws the same images
-) -> Tensor:               # (draws,) float64
-    "The score of `draws` datasets that are drawn from the images with replacement. Raises ValueError below two images or without the record."
-    if self.images < 2: raise ValueError(f"{self.images} images cannot be resampled: update with at least two")
-    tables, n, generator = self._tables().double().t(), self.images, torch.Generator().manual_seed(seed)
+    draws: int = 1000,  # resampled datasets
+    seed: int = 0,  # the same seed draws the same images
+) -> Tensor:  # (draws,) float64
+    """The score of `draws` datasets that are drawn from the images with replacement.
+    Raises ValueError below two images or without the record."""
+    if self.images < 2:
+        raise ValueError(f"{self.images} images cannot be resampled: update with at least two")
+    tables = self._tables().double().t()
+    n = self.images
+    generator = torch.Generator().manual_seed(seed)
     times = lambda: torch.randint(n, (n,), generator=generator).bincount(minlength=n).double()
     drawn = torch.stack([tables @ times() for _ in range(draws)])
     return mean_score(drawn.view(draws, *self.matrix.shape), metric)
 
 # %% ../nbs/1_ground/15_metrics.ipynb #35f5c3a6
 @patch
-def bootstrap(self:ConfusionMatrix,
+def bootstrap(
+    self: ConfusionMatrix,
     metric: str = "miou",  # any name that `mean_score` knows
-    draws: int = 1000,     # resampled datasets
-    seed: int = 0,         # the same seed gives the same interval
-    level: float = .95,    # share of the draws inside, in (0, 1)
-) -> tuple:                # (lo, hi)
-    "Percentile interval of a score over resampled images. Raises ValueError below two images, without the record, or for a level outside (0, 1)."
-    if not 0 < level < 1: raise ValueError(f"level is {level}: give a share between 0 and 1, such as 0.95")
+    draws: int = 1000,  # resampled datasets
+    seed: int = 0,  # the same seed gives the same interval
+    level: float = 0.95,  # share of the draws inside, in (0, 1)
+) -> tuple:  # (lo, hi)
+    """Percentile interval of a score over resampled images.
+    Raises ValueError below two images, without the record, or for a level outside (0, 1)."""
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: give a share between 0 and 1, such as 0.95")
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)
     return tuple(self.resampled(metric, draws, seed).nanquantile(ends).tolist())
 
 # %% ../nbs/1_ground/15_metrics.ipynb #47902d8f
 def _strongest(maps, labels):
-    "Value and index (B, H, W) of the strongest map among the present classes; -inf where an image has no class."
-    if maps.isnan().any(): raise ValueError("maps hold NaN: normalize constant maps to 0 first")
+    """Value and index (B, H, W) of the strongest map among the present classes; -inf where an image has no
+    class."""
+    if maps.isnan().any():
+        raise ValueError("maps hold NaN: normalize constant maps to 0 first")
     labels = torch.as_tensor(labels, device=maps.device)
     if maps.ndim != 4 or labels.shape != maps.shape[:2]:
-        raise ValueError(f"labels {tuple(labels.shape)} do not fit maps {tuple(maps.shape)}: give (B, C), one flag a class, and (B, C, H, W)")
+        raise ValueError(
+            f"labels {tuple(labels.shape)} do not fit maps {tuple(maps.shape)}: give (B, C), one flag a"
+            " class, and (B, C, H, W)"
+        )
     return maps.masked_fill(~labels.bool()[:, :, None, None], -torch.inf).max(1)
 
+
 def cam_confusion(
-    maps: Tensor,     # (B, C, H, W) in [0, 1]
-    labels: Tensor,   # (B, C) bool, the classes of each image
-    masks: Tensor,    # (B, H, W), 0 = background, c + 1 = class c, 255 = does not count
-    threshold: float, # background where the strongest present map is at or below it
-) -> ConfusionMatrix: # C + 1 classes
-    "Score CAMs with the image-level label given (Table III). Raises ValueError for NaN, or shapes that do not fit."
+    maps: Tensor,  # (B, C, H, W) in [0, 1]
+    labels: Tensor,  # (B, C) bool, the classes of each image
+    masks: Tensor,  # (B, H, W), 0 = background, c + 1 = class c, 255 = does not count
+    threshold: float,  # background where the strongest present map is at or below it
+) -> ConfusionMatrix:  # C + 1 classes
+    """Score CAMs with the image-level label given (Table III).
+    Raises ValueError for NaN, or shapes that do not fit."""
     value, index = _strongest(maps, labels)
     return ConfusionMatrix(maps.shape[1] + 1).update(torch.where(value > threshold, index + 1, 0), masks)
 
 # %% ../nbs/1_ground/15_metrics.ipynb #261309e0
 def threshold_matrices(
-    maps: Tensor,    # (B, C, H, W) in [0, 1]
+    maps: Tensor,  # (B, C, H, W) in [0, 1]
     labels: Tensor,  # (B, C) bool, the classes of each image
-    masks: Tensor,   # (B, H, W), 0 = background, c + 1 = class c, 255 = does not count
-    thresholds,      # (T,) increasing
-) -> Tensor:         # (T, C + 1, C + 1) counts: add them over batches
-    "The confusion matrices of CAMs cut at many thresholds, from one pass over the pixels. Raises ValueError where `cam_confusion` does, or for thresholds in disorder."
+    masks: Tensor,  # (B, H, W), 0 = background, c + 1 = class c, 255 = does not count
+    thresholds,  # (T,) increasing
+) -> Tensor:  # (T, C + 1, C + 1) counts: add them over batches
+    """The confusion matrices of CAMs cut at many thresholds, from one pass over the pixels.
+    Raises ValueError where `cam_confusion` does, or for thresholds in disorder."""
     value, index = _strongest(maps, labels)
     thresholds = torch.as_tensor(thresholds, device=maps.device).to(maps.dtype)
-    if thresholds.ndim != 1 or (thresholds.diff() <= 0).any(): raise ValueError("thresholds must be an increasing list of numbers")
+    if thresholds.ndim != 1 or (thresholds.diff() <= 0).any():
+        raise ValueError("thresholds must be an increasing list of numbers")
     (index, target), C, T = _pair(index, masks, maps.shape[1] + 1, 255), maps.shape[1], len(thresholds)
-    exceeded = torch.searchsorted(thresholds, value.contiguous())          # how many thresholds lie below the value
+    exceeded = torch.searchsorted(thresholds, value.contiguous())  # how many thresholds lie below the value
     cell = ((target * C + index) * (T + 1) + exceeded)[target != 255]
-    cells = torch.bincount(cell, minlength=(C + 1)*C*(T + 1)).view(C + 1, C, T + 1)
-    above = cells.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)    # (T, C+1, C): foreground at each threshold
+    cells = torch.bincount(cell, minlength=(C + 1) * C * (T + 1)).view(C + 1, C, T + 1)
+    above = (
+        cells.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)
+    )  # (T, C+1, C): foreground at each threshold
     return torch.cat([cells.sum((1, 2))[None, :, None] - above.sum(-1, keepdim=True), above], -1).cpu()
 
 # %% ../nbs/1_ground/15_metrics.ipynb #672cee0f
 def best_threshold(
-    maps: Tensor,    # (B, C, H, W) in [0, 1]
+    maps: Tensor,  # (B, C, H, W) in [0, 1]
     labels: Tensor,  # (B, C) bool, the classes of each image
-    masks: Tensor,   # (B, H, W), 0 = background, c + 1 = class c, 255 = does not count
-    thresholds,      # (T,) increasing
-) -> Tensor:         # (T,) mIoU at each threshold; its argmax is the best one
-    "The mIoU of CAMs at every threshold. Choose on training images, report on others. Raises ValueError as `threshold_matrices` does."
+    masks: Tensor,  # (B, H, W), 0 = background, c + 1 = class c, 255 = does not count
+    thresholds,  # (T,) increasing
+) -> Tensor:  # (T,) mIoU at each threshold; its argmax is the best one
+    """The mIoU of CAMs at every threshold. Choose on training images, report on others.
+    Raises ValueError as `threshold_matrices` does."""
     return mean_score(threshold_matrices(maps, labels, masks, thresholds))
 
 # %% ../nbs/1_ground/15_metrics.ipynb #4ed749d4
-def protocol(*,
-    split: str,        # which images
-    labels: bool,      # True: the image-level label was given
-    scales: tuple,     # input scales, e.g. (1.0, 0.5)
-    flip: bool,        # a mirrored copy is averaged in
-    crf: bool,         # DenseCRF is applied
+def protocol(
+    *,
+    split: str,  # which images
+    labels: bool,  # True: the image-level label was given
+    scales: tuple,  # input scales, e.g. (1.0, 0.5)
+    flip: bool,  # a mirrored copy is averaged in
+    crf: bool,  # DenseCRF is applied
     threshold: float,  # background threshold of a CAM; None: there is none
-    **more,            # any other fact, e.g. n=400, seed=0
+    **more,  # any other fact, e.g. n=400, seed=0
 ) -> str:
-    "One line that says how a score was measured; print it with each one. Raises TypeError where a fact is missing."
-    facts = [split, "labels given" if labels else "labels not given", "scales " + "/".join(f"{s:g}" for s in scales),
-             "flip" if flip else "no flip", "CRF" if crf else "no CRF", "no threshold" if threshold is None else f"threshold {threshold:.4g}"]
+    """One line that says how a score was measured; print it with each one.
+    Raises TypeError where a fact is missing."""
+    facts = [
+        split,
+        "labels given" if labels else "labels not given",
+        "scales " + "/".join(f"{s:g}" for s in scales),
+        "flip" if flip else "no flip",
+        "CRF" if crf else "no CRF",
+        "no threshold" if threshold is None else f"threshold {threshold:.4g}",
+    ]
     return ", ".join(facts + [f"{k.replace('_', ' ')} {v}" for k, v in more.items()])

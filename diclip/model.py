@@ -31,22 +31,30 @@ from .train import Learner, Student, check_folder, new_head, new_student, train
 
 # %% ../nbs/6_use/61_model.ipynb #73e46d1f
 class DiCLIP:
-    "CLIP and Stable Diffusion, both frozen, connected as in Figure 2. Raises ValueError for a cache of other classes or another CLIP."
+    """CLIP and Stable Diffusion, both frozen, connected as in Figure 2.
+    Raises ValueError for a cache of other classes or another CLIP."""
+
     def __init__(
         self,
-        clip,                        # a `diclip.clip.DenseCLIP`
-        sd,                          # a `diclip.sd.StableDiffusion`
-        profile: Profile,            # settings and classes
+        clip,  # a `diclip.clip.DenseCLIP`
+        sd,  # a `diclip.sd.StableDiffusion`
+        profile: Profile,  # settings and classes
         cache: Cache | None = None,  # keys and values; None for CAMs without retrieval
-        student=None,                # a trained `Student`: the head for `segment` and, perhaps, the adapter for `cams`
+        student=None,  # a trained `Student`: the head for `segment` and, perhaps, the adapter for `cams`
     ):
-        self.clip, self.sd, self.profile, self.cache, self.student = clip, sd, profile, None, student
+        self.clip = clip
+        self.sd = sd
+        self.profile = profile
+        self.cache = None
+        self.student = student
         self.device = next(clip.parameters()).device
         self.text = clip.text(profile.prompt_names)
-        if cache is not None: self.use_cache(cache)
+        if cache is not None:
+            self.use_cache(cache)
 
     @property
-    def adapter(self): return None if self.student is None else self.student.adapter
+    def adapter(self):
+        return None if self.student is None else self.student.adapter
 
     def use_cache(self, cache):
         "Take a `Cache` or the path of one; refuses one that does not belong to this model."
@@ -59,37 +67,47 @@ class DiCLIP:
 @patch(cls_method=True)
 def from_pretrained(
     cls: DiCLIP,
-    name="mini",           # "mini", "voc", "coco", a `Profile`, or a folder that `save_pretrained` wrote
-    device="cpu",          # where both models run
-    dtype=torch.float32,   # of both models; attention is always computed in float32
-    cache=None,            # a `Cache` or its path
-    **overrides,           # settings of the profile to change
+    name="mini",  # "mini", "voc", "coco", a `Profile`, or a folder that `save_pretrained` wrote
+    device="cpu",  # where both models run
+    dtype=torch.float32,  # of both models; attention is always computed in float32
+    cache=None,  # a `Cache` or its path
+    **overrides,  # settings of the profile to change
 ):
-    "Load both models of a profile. Raises ValueError for unknown names, and one clear error where weights are missing."
-    if not isinstance(name, Profile) and name not in PROFILES and Path(name).is_dir(): return load_folder(cls, name, device, dtype, cache, **overrides)
+    """Load both models of a profile.
+    Raises ValueError for unknown names, and one clear error where weights are missing."""
+    if not isinstance(name, Profile) and name not in PROFILES and Path(name).is_dir():
+        return load_folder(cls, name, device, dtype, cache, **overrides)
     p = name if isinstance(name, Profile) else get_profile(name, **overrides)
     return cls(load_clip(p, device, dtype), load_sd(p, device, dtype), p, cache)
 
 # %% ../nbs/6_use/61_model.ipynb #4b1ba709
 def _as_array(image):
-    if isinstance(image, Sample): return image.image
+    if isinstance(image, Sample):
+        return image.image
     return read_image(image) if isinstance(image, (str, Path)) else to_rgb(image)
 
+
 def as_arrays(images) -> list:
-    "Whatever `prepare` takes as (H, W, 3) uint8 arrays. Raises ValueError for anything that is not an image, and for an empty list."
+    """Whatever `prepare` takes as (H, W, 3) uint8 arrays.
+    Raises ValueError for anything that is not an image, and for an empty list."""
     if isinstance(images, Tensor):
-        if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"a tensor of images is (B, 3, H, W), not {tuple(images.shape)}")
-        if not images.isfinite().all(): raise ValueError("the images contain NaN or infinity: check how they were computed")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"a tensor of images is (B, 3, H, W), not {tuple(images.shape)}")
+        if not images.isfinite().all():
+            raise ValueError("the images contain NaN or infinity: check how they were computed")
         images = [x.permute(1, 2, 0).cpu().numpy() for x in images]
-    elif not isinstance(images, (list, tuple)): images = [images]
-    if not len(images): raise ValueError("no images: pass a list with at least one")
+    elif not isinstance(images, (list, tuple)):
+        images = [images]
+    if not len(images):
+        raise ValueError("no images: pass a list with at least one")
     return [_as_array(x) for x in images]
+
 
 @patch
 def prepare(
     self: DiCLIP,
-    images,            # list of arrays, PIL images, paths or samples; or a (B, 3, H, W) float tensor
-) -> tuple:            # (B, 3, crop, crop) tensor in [0, 1], list of (H, W)
+    images,  # list of arrays, PIL images, paths or samples; or a (B, 3, H, W) float tensor
+) -> tuple:  # (B, 3, crop, crop) tensor in [0, 1], list of (H, W)
     "A batch for both models and the original sizes. Raises ValueError as `as_arrays` does."
     arrays = as_arrays(images)
     return batch_images(arrays, self.profile.crop).to(self.device), [a.shape[:2] for a in arrays]
@@ -101,6 +119,7 @@ def refined(self: DiCLIP, x: Tensor) -> tuple:
     "Diffusion attention of prepared images after ACR (4)-(6), and before it: two tensors (B, N, N)."
     raw = diffusion_attention(self.sd, x, self.profile.grid, self.profile)
     return refine(raw, self.profile), raw
+
 
 @patch
 @torch.no_grad()
@@ -116,23 +135,32 @@ def attention(self: DiCLIP, images) -> dict:
 @patch
 def class_indices(
     self: DiCLIP,
-    classes,          # one list of class names an image
-    count: int,       # number of images
-) -> list:            # lists of indices
+    classes,  # one list of class names an image
+    count: int,  # number of images
+) -> list:  # lists of indices
     "Names to indices. Raises ValueError for an unknown class, an empty list, or a wrong number of lists."
     if len(classes) != count or any(isinstance(c, str) for c in classes):
-        raise ValueError(f"give one list of class names an image: {count} lists, for example [['{self.profile.classes[0]}']]")
+        raise ValueError(
+            f"give one list of class names an image: {count} lists, for example"
+            f" [['{self.profile.classes[0]}']]"
+        )
     for names in classes:
-        if not names: raise ValueError("an image without classes has no CAM: leave it out, or name at least one class")
+        if not names:
+            raise ValueError("an image without classes has no CAM: leave it out, or name at least one class")
         for n in names:
-            if n not in self.profile.classes: raise ValueError(f"unknown class {n!r}: profile {self.profile.name!r} has {', '.join(self.profile.classes)}")
+            if n not in self.profile.classes:
+                raise ValueError(
+                    f"unknown class {n!r}: profile {self.profile.name!r} has"
+                    f" {', '.join(self.profile.classes)}"
+                )
     return [[self.profile.classes.index(n) for n in names] for names in classes]
 
 # %% ../nbs/6_use/61_model.ipynb #2e59ad0f
 @patch
 @torch.no_grad()
 def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:
-    "(B, C, N) CAMs of prepared images: (1) on VCE features, plus the adapter's votes (13) or the cache's (11) if there are any."
+    """(B, C, N) CAMs of prepared images: (1) on VCE features, plus the adapter's votes (13) or the cache's
+    (11) if there are any."""
     found = class_maps(self.clip, self.sd, self.text, x, labels, self.profile, self.cache)
     votes = None if self.adapter is None else self.adapter(found["features"])
     return supervising_cam(found, labels, votes, self.profile)
@@ -141,24 +169,37 @@ def maps(self: DiCLIP, x: Tensor, labels: Tensor | None = None) -> Tensor:
 @patch
 def cams(
     self: DiCLIP,
-    images,                  # what `prepare` takes
-    classes,                 # one list of class names an image
-    scales=None,             # of the profile's crop; None for the profile's `cam_scales`
-    flip: bool = False,      # average a mirrored copy in
-    batch: int = 16,         # images at a time
-) -> list:                   # of (C_i, H, W) tensors in [0, 1], in the order of the names
-    "Class activation maps at each image's own size. Raises ValueError for unknown classes, images that are none, and scales that are none."
+    images,  # what `prepare` takes
+    classes,  # one list of class names an image
+    scales=None,  # of the profile's crop; None for the profile's `cam_scales`
+    flip: bool = False,  # average a mirrored copy in
+    batch: int = 16,  # images at a time
+) -> list:  # of (C_i, H, W) tensors in [0, 1], in the order of the names
+    """Class activation maps at each image's own size.
+    Raises ValueError for unknown classes, images that are none, and scales that are none."""
     x, sizes = self.prepare(images)
     wanted, p = self.class_indices(classes, len(x)), self.profile
     labels = torch.zeros(len(x), len(p.classes), dtype=torch.bool, device=self.device)
-    for row, c in zip(labels, wanted): row[c] = True
-    M = torch.cat([_views(self, *part, scales or p.cam_scales, flip) for part in zip(x.split(batch), labels.split(batch))]).cpu()
-    return [resize_maps(m[None, c].flatten(2), m.shape[1:], s)[0].clamp(0, 1) for m, c, s in zip(M, wanted, sizes)]
+    for row, c in zip(labels, wanted):
+        row[c] = True
+    M = torch.cat(
+        [
+            _views(self, *part, scales or p.cam_scales, flip)
+            for part in zip(x.split(batch), labels.split(batch))
+        ]
+    ).cpu()
+    return [
+        resize_maps(m[None, c].flatten(2), m.shape[1:], s)[0].clamp(0, 1) for m, c, s in zip(M, wanted, sizes)
+    ]
+
 
 def _views(model, x, labels, scales, flip):
     "(B, C, h, w): maps on the grid, or their mean over several views."
-    fn = lambda v: model.maps(v, labels).unflatten(2, tuple(side // model.profile.patch for side in v.shape[-2:]))
-    if tuple(scales) == (1.,) and not flip: return fn(x)
+    fn = lambda v: model.maps(v, labels).unflatten(
+        2, tuple(side // model.profile.patch for side in v.shape[-2:])
+    )
+    if tuple(scales) == (1.0,) and not flip:
+        return fn(x)
     return multi_scale_cams(fn, x, model.profile.crop, model.profile.patch, scales, flip, model.profile.norm)
 
 # %% ../nbs/6_use/61_model.ipynb #ec305d82
@@ -166,108 +207,184 @@ def _views(model, x, labels, scales, flip):
 @torch.no_grad()
 def segment(
     self: DiCLIP,
-    images,                # what `prepare` takes
-    scales=None,           # of the profile's crop; None for the profile's own
-    flip: bool = True,     # average a mirrored copy in
-    crf: bool = False,     # DenseCRF on the result
-    batch: int = 16,       # images at a time
-) -> list:                 # of (H, W) int64 tensors: 0 background, c + 1 = class c
+    images,  # what `prepare` takes
+    scales=None,  # of the profile's crop; None for the profile's own
+    flip: bool = True,  # average a mirrored copy in
+    crf: bool = False,  # DenseCRF on the result
+    batch: int = 16,  # images at a time
+) -> list:  # of (H, W) int64 tensors: 0 background, c + 1 = class c
     "Class ids at each image's own size, labels not given. Raises ValueError without a trained head."
-    if self.student is None: raise ValueError("this model has no trained head: load a folder that save_pretrained wrote, or train one with diclip_train")
-    p, arrays, out = self.profile, as_arrays(images), []
+    if self.student is None:
+        raise ValueError(
+            "this model has no trained head: load a folder that save_pretrained wrote, or train one with"
+            " diclip_train"
+        )
+    p = self.profile
+    arrays = as_arrays(images)
+    out = []
     x = batch_images(arrays, p.crop).to(self.device)
-    P = torch.cat([segment_scores(self.clip, self.student.head, b, None, scales or p.scales, flip).cpu() for b in x.split(batch)])
+    P = torch.cat(
+        [
+            segment_scores(self.clip, self.student.head, b, None, scales or p.scales, flip).cpu()
+            for b in x.split(batch)
+        ]
+    )
     for image, q in zip(arrays, P):
         q = resize_maps(q[None].flatten(2), q.shape[1:], image.shape[:2])[0]
-        if crf: q = torch.from_numpy(dense_crf(image, q, p.crf_rounds, p.crf_position, p.crf_bilateral))
+        if crf:
+            q = torch.from_numpy(dense_crf(image, q, p.crf_rounds, p.crf_position, p.crf_bilateral))
         out.append(q.argmax(0))
     return out
 
 # %% ../nbs/6_use/61_model.ipynb #5ac15ef5
 def readable(samples, on_error="stop") -> list:
-    "All samples in memory; damaged ones are left out and named with \"skip\". Raises ValueError with \"stop\"."
+    'All samples in memory; damaged ones are left out and named with "skip". Raises ValueError with "stop".'
     kept, skipped = [], []
     for i in range(len(samples)):
-        try: kept.append(samples[i])
+        try:
+            kept.append(samples[i])
         except ValueError as e:
-            if on_error == "stop": raise
+            if on_error == "stop":
+                raise
             skipped.append(str(e))
-    if skipped: print(f"skipped {len(skipped)} damaged images: {'; '.join(skipped[:5])}")
+    if skipped:
+        print(f"skipped {len(skipped)} damaged images: {'; '.join(skipped[:5])}")
     return kept
 
 # %% ../nbs/6_use/61_model.ipynb #e35df6ac
 @patch
 def build_cache(self: DiCLIP, folder, progress=True) -> Cache:
-    "Images of the profile (those that ship, or drawn into `folder`/pool) as a cache, (8)-(10); the model uses it from now on."
+    """Images of the profile (those that ship, or drawn into `folder`/pool) as a cache, (8)-(10); the model
+    uses it from now on."""
     pool = profile_pool(self.sd, self.profile, Path(folder) / "pool", progress=progress)
-    self.use_cache(make_cache(self.clip, self.sd, pool, self.profile, progress=progress, workdir=Path(folder) / "pooled"))
+    self.use_cache(
+        make_cache(self.clip, self.sd, pool, self.profile, progress=progress, workdir=Path(folder) / "pooled")
+    )
     return self.cache
 
 # %% ../nbs/6_use/61_model.ipynb #e5989817
 @patch
 def fit(
     self: DiCLIP,
-    samples,                 # a sequence of `Sample`; masks are not looked at
-    folder,                  # of checkpoint, log and whatever is made on the way
-    adapter: bool = True,    # False: the head alone, taught by the static CAM
+    samples,  # a sequence of `Sample`; masks are not looked at
+    folder,  # of checkpoint, log and whatever is made on the way
+    adapter: bool = True,  # False: the head alone, taught by the static CAM
     seed: int = 0,
-    on_error="stop",         # or "skip": what to do with a damaged image
-    accelerator=None,        # an `accelerate.Accelerator`
+    on_error="stop",  # or "skip": what to do with a damaged image
+    accelerator=None,  # an `accelerate.Accelerator`
     progress: bool = True,
-    **how,                   # resume, save_every, eval_every, evaluate, workers, as in `train`
-) -> list:                   # the log
+    **how,  # resume, save_every, eval_every, evaluate, workers, as in `train`
+) -> list:  # the log
     "Train head and adapter on image-level labels, (14) and (15). Raises ValueError as `train` does."
-    check_folder(folder, how.get("resume", False))     # before the long work, not after it
-    if self.cache is None: self.build_cache(folder, progress)
+    check_folder(folder, how.get("resume", False))  # before the long work, not after it
+    if self.cache is None:
+        self.build_cache(folder, progress)
     p, frozen = self.profile, Frozen(self.clip, self.sd, self.profile, self.cache)
-    if not augmented(p): samples = readable(samples, on_error)     # each is read once, not once an epoch
+    if not augmented(p):
+        samples = readable(samples, on_error)  # each is read once, not once an epoch
     memory = None if augmented(p) else precompute(frozen, samples, device=self.device, progress=progress)
-    if memory is not None and not adapter: memory = store_targets(memory, samples, p, progress=progress)
-    learner = Learner(new_student(self.clip, p, self.cache if adapter else None, seed=seed).to(self.device), frozen, p, accelerator, memory)
+    if memory is not None and not adapter:
+        memory = store_targets(memory, samples, p, progress=progress)
+    learner = Learner(
+        new_student(self.clip, p, self.cache if adapter else None, seed=seed).to(self.device),
+        frozen,
+        p,
+        accelerator,
+        memory,
+    )
     log = train(learner, TrainingSet(samples, p, seed, on_error), folder, progress=progress, **how)
     self.student = learner.module.eval()
     return log
 
-# %% ../nbs/6_use/61_model.ipynb #7caf130b
+# %% ../nbs/6_use/61_model.ipynb #c03209fe
 @patch
 def save_pretrained(self: DiCLIP, folder):
     "Write settings, cache and student; `from_pretrained(folder)` reads them."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    if self.cache is not None: self.cache.save(folder / "cache.safetensors")
-    if self.student is not None: save_checkpoint(folder, {k: v for k, v in self.student.state_dict().items()}, dict(iteration=0))
-    write_json(folder / "diclip.json", dict(profile=asdict(self.profile), clip=self.clip.fingerprint, sd=getattr(self.sd, "fingerprint", None),
-                                            cache=self.cache is not None, student=self.student is not None, adapter=None if self.adapter is None else list(self.adapter.values.shape)))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if self.cache is not None:
+        self.cache.save(folder / "cache.safetensors")
+    if self.student is not None:
+        save_checkpoint(folder, {k: v for k, v in self.student.state_dict().items()}, dict(iteration=0))
+    write_json(
+        folder / "diclip.json",
+        dict(
+            profile=asdict(self.profile),
+            clip=self.clip.fingerprint,
+            sd=getattr(self.sd, "fingerprint", None),
+            cache=self.cache is not None,
+            student=self.student is not None,
+            adapter=None if self.adapter is None else list(self.adapter.values.shape),
+        ),
+    )
 
+# %% ../nbs/6_use/61_model.ipynb #7caf130b
 def _read_settings(folder) -> tuple:
     "Profile and the rest of diclip.json. Raises ValueError for a file of another version."
     path = Path(folder) / "diclip.json"
-    if not path.is_file(): raise ValueError(f"the folder {path.parent.name} has no diclip.json: give a folder that save_pretrained or diclip_train wrote, or a profile")
+    if not path.is_file():
+        raise ValueError(
+            f"the folder {path.parent.name} has no diclip.json: give a folder that save_pretrained or"
+            " diclip_train wrote, or a profile"
+        )
     record = json.loads(path.read_text())
     tuples = lambda v: tuple(map(tuples, v)) if isinstance(v, list) else v
-    try: return Profile(**{k: tuples(v) for k, v in record["profile"].items()}), record
-    except (TypeError, KeyError, ValueError) as e: raise ValueError(f"{Path(folder).name}/diclip.json does not fit this version of diclip ({e}): save the model again with this version") from None
+    try:
+        return Profile(**{k: tuples(v) for k, v in record["profile"].items()}), record
+    except (TypeError, KeyError, ValueError) as e:
+        raise ValueError(
+            f"{Path(folder).name}/diclip.json does not fit this version of diclip ({e}): save the model again"
+            " with this version"
+        ) from None
 
-# %% ../nbs/6_use/61_model.ipynb #7e38eb5c
+# %% ../nbs/6_use/61_model.ipynb #f2a1bfa0
 def _read_student(folder, clip, profile, adapter):
     "Head and adapter of a saved model."
-    student = Student(new_head(clip, profile), None if adapter is None else Adapter(torch.zeros(adapter[0], clip.embed_dim), torch.zeros(adapter), profile.sharpness))
+    student = Student(
+        new_head(clip, profile),
+        (
+            None
+            if adapter is None
+            else Adapter(torch.zeros(adapter[0], clip.embed_dim), torch.zeros(adapter), profile.sharpness)
+        ),
+    )
     student.load_state_dict(load_checkpoint(folder)[0])
     return student.eval().to(next(clip.parameters()).device)
 
+
 class LaterSD:
     "A diffusion model that is loaded when it is first asked for anything but its name: `segment` never asks."
-    def __init__(self, load, fingerprint): self.load, self.fingerprint, self.model = load, fingerprint, None
+
+    def __init__(self, load, fingerprint):
+        self.load = load
+        self.fingerprint = fingerprint
+        self.model = None
+
     def __getattr__(self, name):
-        if name.startswith("__"): raise AttributeError(name)
-        if self.model is None: self.model = self.load()
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self.model is None:
+            self.model = self.load()
         return getattr(self.model, name)
 
+# %% ../nbs/6_use/61_model.ipynb #7e38eb5c
 def load_folder(cls, folder, device, dtype, cache, **overrides):
-    "A model that `save_pretrained` wrote. Raises ValueError for another CLIP than the one it was trained with."
+    """A model that `save_pretrained` wrote.
+    Raises ValueError for another CLIP than the one it was trained with."""
     profile, record = _read_settings(folder)
     profile = replace(profile, **overrides)
-    model = cls(load_clip(profile, device, dtype), LaterSD(partial(load_sd, profile, device, dtype), record["sd"]), profile)
-    if model.clip.fingerprint != record["clip"]: raise ValueError(f"{Path(folder).name} belongs to {record['clip']}, but {model.clip.fingerprint} was loaded: install the weights that it was trained with")
-    if cache or record["cache"]: model.use_cache(cache or Path(folder) / "cache.safetensors")
-    if record["student"]: model.student = _read_student(folder, model.clip, model.profile, record["adapter"])
+    model = cls(
+        load_clip(profile, device, dtype),
+        LaterSD(partial(load_sd, profile, device, dtype), record["sd"]),
+        profile,
+    )
+    if model.clip.fingerprint != record["clip"]:
+        raise ValueError(
+            f"{Path(folder).name} belongs to {record['clip']}, but {model.clip.fingerprint} was loaded:"
+            " install the weights that it was trained with"
+        )
+    if cache or record["cache"]:
+        model.use_cache(cache or Path(folder) / "cache.safetensors")
+    if record["student"]:
+        model.student = _read_student(folder, model.clip, model.profile, record["adapter"])
     return model

@@ -9,49 +9,60 @@ __all__ = ['to_numpy', 'grid', 'overlay', 'mask_rgb', 'group_rgb', 'curves', 'ba
 import numpy as np
 from .data import palette
 
-# %% ../nbs/1_ground/14_plot.ipynb #a41cfb1d
+# %% ../nbs/1_ground/14_plot.ipynb #566e49ac
 def to_numpy(x) -> np.ndarray:
     "An array from a tensor or array; (3, H, W) becomes (H, W, 3)."
-    if hasattr(x, "detach"): x = x.detach().float().cpu().numpy()
+    if hasattr(x, "detach"):
+        x = x.detach().float().cpu().numpy()
     x = np.asarray(x)
     return x.transpose(1, 2, 0) if x.ndim == 3 and x.shape[0] == 3 and x.shape[-1] != 3 else x
 
+# %% ../nbs/1_ground/14_plot.ipynb #a41cfb1d
 def grid(
-    images,           # list of (H, W), (H, W, 3) or (3, H, W) arrays or tensors; uint8, or float in [0, 1]
-    titles=None,      # one string a picture
-    cols=8,           # pictures in a row
-    size=1.3,         # inches a picture
-    cmap=None,        # color map of (H, W) maps
-    rows=None,        # one label a row
-    suptitle=None,    # title over all
-    vmin=None, vmax=None,  # range of (H, W) maps
+    images,  # list of (H, W), (H, W, 3) or (3, H, W) arrays or tensors; uint8, or float in [0, 1]
+    titles=None,  # one string a picture
+    cols=8,  # pictures in a row
+    size=1.3,  # inches a picture
+    cmap=None,  # color map of (H, W) maps
+    rows=None,  # one label a row
+    suptitle=None,  # title over all
+    vmin=None,  # lowest value of (H, W) maps
+    vmax=None,  # highest
 ):
     "Show pictures in a grid."
     import matplotlib.pyplot as plt
+
     cols = min(cols, len(images))
     n = -(-len(images) // cols)
     height = size * (1.18 if titles is not None else 1.02)
-    fig, axs = plt.subplots(n, cols, figsize=(size*cols + (.6 if rows else 0), height*n + (.3 if suptitle else 0)), dpi=80, squeeze=False, layout="constrained")
-    fig.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=.02, hspace=.02)
-    for ax in axs.flat: ax.set(xticks=[], yticks=[], frame_on=False)
+    inches = size * cols + (0.6 if rows else 0), height * n + (0.3 if suptitle else 0)
+    fig, axs = plt.subplots(n, cols, figsize=inches, dpi=80, squeeze=False, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
+    for ax in axs.flat:
+        ax.set(xticks=[], yticks=[], frame_on=False)
     for i, (ax, image) in enumerate(zip(axs.flat, images)):
         x = to_numpy(image)
-        ax.imshow(x if x.dtype == np.uint8 or x.ndim == 2 else x.clip(0, 1), cmap=cmap or "viridis", vmin=vmin, vmax=vmax, interpolation="nearest")
-        if titles is not None and i < len(titles): ax.set_title(titles[i], fontsize=8, pad=3)
-    for r, label in enumerate(rows or ()): axs[r, 0].set_ylabel(label, fontsize=8)
-    if suptitle: fig.suptitle(suptitle, fontsize=9)
+        x = x if x.dtype == np.uint8 or x.ndim == 2 else x.clip(0, 1)
+        ax.imshow(x, cmap=cmap or "viridis", vmin=vmin, vmax=vmax, interpolation="nearest")
+        if titles is not None and i < len(titles):
+            ax.set_title(titles[i], fontsize=8, pad=3)
+    for r, label in enumerate(rows or ()):
+        axs[r, 0].set_ylabel(label, fontsize=8)
+    if suptitle:
+        fig.suptitle(suptitle, fontsize=9)
     plt.show()
 
 # %% ../nbs/1_ground/14_plot.ipynb #501af435
 def overlay(
-    image,            # (H, W, 3) or (3, H, W), uint8 or float in [0, 1]
-    map,              # (h, w) in [0, 1], resized bilinearly to the image
-    alpha=.55,        # how much of the map is seen
-    cmap="jet",       # color map
-) -> np.ndarray:      # (H, W, 3) float in [0, 1]
+    image,  # (H, W, 3) or (3, H, W), uint8 or float in [0, 1]
+    map,  # (h, w) in [0, 1], resized bilinearly to the image
+    alpha=0.55,  # how much of the map is seen
+    cmap="jet",  # color map
+) -> np.ndarray:  # (H, W, 3) float in [0, 1]
     "Blend a map over an image."
     import matplotlib
     from PIL import Image
+
     x = to_numpy(image)
     x = x / 255 if x.dtype == np.uint8 else x
     m = Image.fromarray(to_numpy(map).astype(np.float32)).resize(x.shape[1::-1], Image.BILINEAR)
@@ -62,62 +73,93 @@ def mask_rgb(mask) -> np.ndarray:
     "A (H, W) mask of class ids as (H, W, 3) uint8 in VOC's palette."
     return palette()[to_numpy(mask).astype(int)]
 
+
 def group_rgb(groups) -> np.ndarray:
     "A (h, w) map of group ids as (h, w, 3) float, one hue a group."
     import matplotlib
+
     return matplotlib.colormaps["tab10"](to_numpy(groups).astype(int) % 10)[..., :3]
 
 # %% ../nbs/1_ground/14_plot.ipynb #c6334bb3
 def curves(
-    lines: dict,      # {label: (x, y)} or {label: (x, y, low, high)}
-    xlabel="", ylabel="", title="",
-    size=(4, 2.6),    # inches
-    logx=False,       # logarithmic x axis, a tick at every x
+    lines: dict,  # {label: (x, y)} or {label: (x, y, low, high)}
+    xlabel="",
+    ylabel="",
+    title="",
+    size=(4, 2.6),  # inches
+    logx=False,  # logarithmic x axis, a tick at every x
 ):
     "Draw labelled curves, with bands where bounds are given."
     import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=size, dpi=80, layout="constrained")
     for label, (x, y, *band) in lines.items():
-        line, = ax.plot(x, y, marker="o" if len(x) < 20 else None, ms=3, lw=1.2, label=label)
-        if band: ax.fill_between(x, *band, alpha=.2, color=line.get_color(), lw=0)
+        (line,) = ax.plot(x, y, marker="o" if len(x) < 20 else None, ms=3, lw=1.2, label=label)
+        if band:
+            ax.fill_between(x, *band, alpha=0.2, color=line.get_color(), lw=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if logx:
         at = sorted({v for x, *_ in lines.values() for v in x})
-        ax.set(xscale="log"); ax.set_xticks(at, [f"{v:g}" for v in at]); ax.minorticks_off()
-    ax.grid(alpha=.3)
-    if len(lines) > 1: ax.legend(fontsize=7)
+        ax.set(xscale="log")
+        ax.set_xticks(at, [f"{v:g}" for v in at])
+        ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    if len(lines) > 1:
+        ax.legend(fontsize=7)
     plt.show()
 
 # %% ../nbs/1_ground/14_plot.ipynb #fe56b521
 def bars(
-    names, values,    # one label and one value a bar
-    low=None, high=None,  # interval bounds, one a bar
-    xlabel="", size=None, colors=None,
+    names,  # one label a bar
+    values,  # one value a bar
+    low=None,  # lower interval bounds, one a bar
+    high=None,  # upper ones
+    xlabel="",
+    size=None,
+    colors=None,
 ):
     "Draw horizontal bars from top to bottom, with whiskers where bounds are given."
     import matplotlib.pyplot as plt
+
     values = np.asarray(values, float)
-    fig, ax = plt.subplots(figsize=size or (5.5, .28 * len(values) + .6), dpi=80, layout="constrained")
+    fig, ax = plt.subplots(figsize=size or (5.5, 0.28 * len(values) + 0.6), dpi=80, layout="constrained")
     err = None if low is None else np.abs(np.stack([values - low, high - values]))
-    ax.barh(range(len(values)), values, xerr=err, color=colors or "tab:blue", height=.7, error_kw=dict(lw=1, capsize=2))
+    ax.barh(
+        range(len(values)),
+        values,
+        xerr=err,
+        color=colors or "tab:blue",
+        height=0.7,
+        error_kw=dict(lw=1, capsize=2),
+    )
     ax.set_yticks(range(len(values)), names, fontsize=8)
     ax.set(xlabel=xlabel)
-    ax.invert_yaxis(); ax.grid(axis="x", alpha=.3); ax.set_axisbelow(True)
+    ax.invert_yaxis()
+    ax.grid(axis="x", alpha=0.3)
+    ax.set_axisbelow(True)
     plt.show()
 
 # %% ../nbs/1_ground/14_plot.ipynb #a85e16a9
 def table(
-    matrix,           # (R, C) numbers
-    rows, cols,       # R and C names
-    form="{:.2f}",    # how a number is written
-    xlabel="", ylabel="", size=None,
+    matrix,  # (R, C) numbers
+    rows,  # R names
+    cols,  # C names
+    form="{:.2f}",  # how a number is written
+    xlabel="",
+    ylabel="",
+    size=None,
 ):
     "Draw a matrix with its numbers."
     import matplotlib.pyplot as plt
+
     m = to_numpy(matrix)
-    fig, ax = plt.subplots(figsize=size or (.62 * len(cols) + 1, .3 * len(rows) + .7), dpi=80, layout="constrained")
+    fig, ax = plt.subplots(
+        figsize=size or (0.62 * len(cols) + 1, 0.3 * len(rows) + 0.7), dpi=80, layout="constrained"
+    )
     ax.imshow(m, cmap="Blues", aspect="auto", vmax=m.max() * 1.4)
-    for (i, j), v in np.ndenumerate(m): ax.text(j, i, form.format(v), ha="center", va="center", fontsize=7)
-    ax.set_xticks(range(len(cols)), cols, fontsize=8); ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    for (i, j), v in np.ndenumerate(m):
+        ax.text(j, i, form.format(v), ha="center", va="center", fontsize=7)
+    ax.set_xticks(range(len(cols)), cols, fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     plt.show()

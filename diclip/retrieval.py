@@ -15,120 +15,160 @@ from .config import RetrievalSettings
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #cf80a718
 def retrieve(
-    features: Tensor,         # (B, N, d) queries, L2-normalised
-    keys: Tensor,             # (n, d), L2-normalised
-    values: Tensor,           # (n, K)
-    sharpness: float = RetrievalSettings.sharpness,   # b > 0 of phi(x) = exp(-b (1 - x))
-) -> Tensor:                  # (B, N, K) votes, not normalised
+    features: Tensor,  # (B, N, d) queries, L2-normalised
+    keys: Tensor,  # (n, d), L2-normalised
+    values: Tensor,  # (n, K)
+    sharpness: float = RetrievalSettings.sharpness,  # b > 0 of phi(x) = exp(-b (1 - x))
+) -> Tensor:  # (B, N, K) votes, not normalised
     "Dense knowledge retrieval, eq. (2); raises ValueError on shapes that disagree, NaN, or b <= 0"
     if features.ndim != 3 or keys.ndim != 2 or features.shape[-1] != keys.shape[-1]:
-        raise ValueError(f"features (B, N, d) and keys (n, d) must share d, not {tuple(features.shape)} and {tuple(keys.shape)}: use a cache that was built with this CLIP")
-    if values.ndim != 2 or len(values) != len(keys): raise ValueError(f"{len(keys)} keys need as many rows of values, not {tuple(values.shape)}")
-    if not sharpness > 0: raise ValueError(f"sharpness {sharpness} must be positive: 5.5 is the default")
-    if not features.isfinite().all(): raise ValueError("features contain NaN or infinity: check the encoder's precision, e.g. load it with float32")
+        raise ValueError(
+            f"features (B, N, d) and keys (n, d) must share d, not {tuple(features.shape)} and"
+            f" {tuple(keys.shape)}: use a cache that was built with this CLIP"
+        )
+    if values.ndim != 2 or len(values) != len(keys):
+        raise ValueError(f"{len(keys)} keys need as many rows of values, not {tuple(values.shape)}")
+    if not sharpness > 0:
+        raise ValueError(f"sharpness {sharpness} must be positive: 5.5 is the default")
+    if not features.isfinite().all():
+        raise ValueError(
+            "features contain NaN or infinity: check the encoder's precision, e.g. load it with float32"
+        )
     K, V = keys.to(features), values.to(features)
     return torch.exp(-sharpness * (1 - features @ K.T)) @ V
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #61036849
 def split_cache_output(
-    out: Tensor,   # (B, N, C + 1) from `retrieve`; the last column is the background
-):                 # foreground (B, C, N), background (B, N)
+    out: Tensor,  # (B, N, C + 1) from `retrieve`; the last column is the background
+):  # foreground (B, C, N), background (B, N)
     "The two parts of the votes, section III-D.2; raises ValueError without a background column"
-    if out.ndim != 3 or out.shape[-1] < 2: raise ValueError(f"votes must be (B, N, C + 1), not {tuple(out.shape)}: the values need C class columns and the background's")
+    if out.ndim != 3 or out.shape[-1] < 2:
+        raise ValueError(
+            f"votes must be (B, N, C + 1), not {tuple(out.shape)}: the values need C class columns and the"
+            " background's"
+        )
     return out[..., :-1].transpose(1, 2), out[..., -1]
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #68a4f37f
 def suppress_background(
-    fg: Tensor,   # (B, C, N) foreground votes
-    bg: Tensor,   # (B, N) background votes
-) -> Tensor:      # (B, C, N)
-    "Foreground where the background is silent, eq. (11): fg * (1 - Norm(bg)); raises ValueError on shapes that disagree"
+    fg: Tensor,  # (B, C, N) foreground votes
+    bg: Tensor,  # (B, N) background votes
+) -> Tensor:  # (B, C, N)
+    """Foreground where the background is silent, eq. (11): fg * (1 - Norm(bg)); raises ValueError on shapes
+    that disagree"""
     if fg.ndim != 3 or bg.shape != (fg.shape[0], fg.shape[2]):
-        raise ValueError(f"foreground (B, C, N) needs background (B, N), not {tuple(fg.shape)} and {tuple(bg.shape)}: use split_cache_output")
+        raise ValueError(
+            f"foreground (B, C, N) needs background (B, N), not {tuple(fg.shape)} and {tuple(bg.shape)}: use"
+            " split_cache_output"
+        )
     return fg * (1 - minmax(bg))[:, None]
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #1a422c33
 def cache_cam(
-    features: Tensor,         # (B, N, d), L2-normalised
-    cache,                    # `Cache`: keys (n, d), values (n, C + 1)
-    sharpness: float = RetrievalSettings.sharpness,   # b of eq. (2)
-    negative: bool = True,    # False: positive cache only (Table IV)
-    norm: str = "minmax",     # one of `diclip.cam.NORMS`
-) -> Tensor:                  # (B, C, N) in [0, 1]
-    "The static cache CAM: retrieve (2), suppress the background, Norm; without background rows the suppression does nothing"
+    features: Tensor,  # (B, N, d), L2-normalised
+    cache,  # `Cache`: keys (n, d), values (n, C + 1)
+    sharpness: float = RetrievalSettings.sharpness,  # b of eq. (2)
+    negative: bool = True,  # False: positive cache only (Table IV)
+    norm: str = "minmax",  # one of `diclip.cam.NORMS`
+) -> Tensor:  # (B, C, N) in [0, 1]
+    """The static cache CAM: retrieve (2), suppress the background, Norm; without background rows the
+    suppression does nothing"""
     fg, bg = split_cache_output(retrieve(features, cache.keys, cache.values, sharpness))
     return minmax(suppress_background(fg, bg) if negative else fg, norm)
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #3aafa795
 def static_cam(
-    vce: Tensor,              # (B, C, N) patch-text CAM of the VCE features, in [0, 1]
-    cache: Tensor,            # (B, C, N) from `cache_cam`, in [0, 1]
-    beta: float = RetrievalSettings.beta,         # weight of the cache (Table VI g)
-    labels: Tensor = None,    # (B, C) bool, the classes of each image; absent ones give 0
-    norm: str = "minmax",     # one of `diclip.cam.NORMS`
-) -> Tensor:                  # (B, C, N) in [0, 1]
-    "The enhanced static CAM, eq. (11): Norm(M_vce + beta * M_cache); raises ValueError on shapes that disagree or beta < 0"
-    if vce.shape != cache.shape or vce.ndim != 3: raise ValueError(f"both CAMs must be (B, C, N), not {tuple(vce.shape)} and {tuple(cache.shape)}: make them of the same features")
-    if not beta >= 0: raise ValueError(f"beta {beta} must not be negative: 0 leaves the cache out")
+    vce: Tensor,  # (B, C, N) patch-text CAM of the VCE features, in [0, 1]
+    cache: Tensor,  # (B, C, N) from `cache_cam`, in [0, 1]
+    beta: float = RetrievalSettings.beta,  # weight of the cache (Table VI g)
+    labels: Tensor = None,  # (B, C) bool, the classes of each image; absent ones give 0
+    norm: str = "minmax",  # one of `diclip.cam.NORMS`
+) -> Tensor:  # (B, C, N) in [0, 1]
+    """The enhanced static CAM, eq. (11): Norm(M_vce + beta * M_cache); raises ValueError on shapes that
+    disagree or beta < 0"""
+    if vce.shape != cache.shape or vce.ndim != 3:
+        raise ValueError(
+            f"both CAMs must be (B, C, N), not {tuple(vce.shape)} and {tuple(cache.shape)}: make them of the"
+            " same features"
+        )
+    if not beta >= 0:
+        raise ValueError(f"beta {beta} must not be negative: 0 leaves the cache out")
     M = minmax(vce + beta * cache, norm)
     return M if labels is None else M * labels.to(M)[..., None]
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #c8e9b726
 class Adapter(torch.nn.Module):
-    "Equation (12): two linear layers that start as a cache; (B, N, d) features -> (B, N, C + 1) votes, the background last."
-    def __init__(self,
-                 keys: Tensor,             # (n, d), the first layer; rows need not have length 1
-                 values: Tensor,           # (n, C + 1), the second layer
-                 sharpness: float = RetrievalSettings.sharpness,   # b of phi
-                ):
-        super().__init__()
-        self.keys, self.values, self.sharpness = (*(torch.nn.Parameter(w.detach().clone().float()) for w in (keys, values)), sharpness)
+    """Equation (12): two linear layers that start as a cache; (B, N, d) features -> (B, N, C + 1) votes, the
+    background last."""
 
-    def forward(self, features): return retrieve(features, self.keys, self.values, self.sharpness)
+    def __init__(
+        self,
+        keys: Tensor,  # (n, d), the first layer; rows need not have length 1
+        values: Tensor,  # (n, C + 1), the second layer
+        sharpness: float = RetrievalSettings.sharpness,  # b of phi
+    ):
+        super().__init__()
+        self.keys, self.values, self.sharpness = (
+            *(torch.nn.Parameter(w.detach().clone().float()) for w in (keys, values)),
+            sharpness,
+        )
+
+    def forward(self, features):
+        return retrieve(features, self.keys, self.values, self.sharpness)
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #181eae65
 @patch(cls_method=True)
 def from_cache(
     cls: Adapter,
-    cache,                    # `Cache`
-    prompts: int = RetrievalSettings.prompts,        # additional pairs (Table VI f: 312 - 220 on VOC)
-    noise: float = 0.,        # standard deviation of the prompts' keys; their values are 0 in any case
-    random: bool = False,     # Table V: weights of the same sizes and scales, drawn at random
-    sharpness: float = RetrievalSettings.sharpness,   # b of phi
-    seed: int = 0,            # of noise and random weights
+    cache,  # `Cache`
+    prompts: int = RetrievalSettings.prompts,  # additional pairs (Table VI f: 312 - 220 on VOC)
+    noise: float = 0.0,  # standard deviation of the prompts' keys; their values are 0 in any case
+    random: bool = False,  # Table V: weights of the same sizes and scales, drawn at random
+    sharpness: float = RetrievalSettings.sharpness,  # b of phi
+    seed: int = 0,  # of noise and random weights
 ):
     "An adapter that starts as `cache`. Raises ValueError for a negative number of prompts or negative noise."
-    if prompts < 0 or noise < 0: raise ValueError(f"prompts={prompts} and noise={noise} must not be negative: 0 leaves them out")
+    if prompts < 0 or noise < 0:
+        raise ValueError(f"prompts={prompts} and noise={noise} must not be negative: 0 leaves them out")
     g = torch.Generator().manual_seed(seed)
     K, V = cache.keys.float().cpu(), cache.values.float().cpu()
-    if random: K, V = torch.nn.functional.normalize(torch.randn(K.shape, generator=g), dim=-1), torch.randn(V.shape, generator=g) * V.std()
+    if random:
+        K, V = (
+            torch.nn.functional.normalize(torch.randn(K.shape, generator=g), dim=-1),
+            torch.randn(V.shape, generator=g) * V.std(),
+        )
     K = torch.cat([K, noise * torch.randn(prompts, K.shape[1], generator=g)])
     return cls(K, torch.cat([V, V.new_zeros(prompts, V.shape[1])]), sharpness).to(cache.keys.device)
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #102341dd
 READINGS = ("softmax", "margin", "raw")
 
+
 def foreground_votes(
-    votes: Tensor,           # (B, N, C + 1) from an `Adapter`, the background last
-    labels: Tensor = None,   # (B, C) bool, the classes of each image; None keeps all
-    how: str = "softmax",    # or "margin", "raw"
-) -> Tensor:                 # (B, C, N), not normalised
+    votes: Tensor,  # (B, N, C + 1) from an `Adapter`, the background last
+    labels: Tensor = None,  # (B, C) bool, the classes of each image; None keeps all
+    how: str = "softmax",  # or "margin", "raw"
+) -> Tensor:  # (B, C, N), not normalised
     "The foreground part of the adapter's output in (13). Raises ValueError for an unknown reading."
-    if how not in READINGS: raise ValueError(f"unknown reading {how!r} of the votes: choose one of {', '.join(READINGS)}")
+    if how not in READINGS:
+        raise ValueError(f"unknown reading {how!r} of the votes: choose one of {', '.join(READINGS)}")
     fg, bg = split_cache_output(votes)
-    if how == "raw": return fg
-    if how == "margin": return fg - bg[:, None]
-    if labels is not None: fg = fg.masked_fill(~labels.bool()[..., None], -torch.inf)
+    if how == "raw":
+        return fg
+    if how == "margin":
+        return fg - bg[:, None]
+    if labels is not None:
+        fg = fg.masked_fill(~labels.bool()[..., None], -torch.inf)
     return torch.cat([fg, bg[:, None]], 1).softmax(1)[:, :-1]
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #9a05a989
 def dynamic_cam(
-    vce: Tensor,             # (B, C, N) patch-text CAM of the VCE features, in [0, 1]
-    votes: Tensor,           # (B, N, C + 1) from an `Adapter`
-    beta: float = RetrievalSettings.beta,        # weight of the adapter (Table VI g)
-    labels: Tensor = None,   # (B, C) bool, the classes of each image; absent ones give 0
-    how: str = "softmax",    # reading of the votes, see `foreground_votes`
-    norm: str = "minmax",    # one of `diclip.cam.NORMS`
-) -> Tensor:                 # (B, C, N) in [0, 1]
+    vce: Tensor,  # (B, C, N) patch-text CAM of the VCE features, in [0, 1]
+    votes: Tensor,  # (B, N, C + 1) from an `Adapter`
+    beta: float = RetrievalSettings.beta,  # weight of the adapter (Table VI g)
+    labels: Tensor = None,  # (B, C) bool, the classes of each image; absent ones give 0
+    how: str = "softmax",  # reading of the votes, see `foreground_votes`
+    norm: str = "minmax",  # one of `diclip.cam.NORMS`
+) -> Tensor:  # (B, C, N) in [0, 1]
     "The enhanced dynamic CAM, eq. (13); raises ValueError as `foreground_votes` and `static_cam` do"
     return static_cam(vce, minmax(foreground_votes(votes, labels, how), norm), beta, labels, norm)

@@ -16,20 +16,31 @@ from torch import Tensor
 
 from .imagepool import generate_pool
 from .engine.sd_weights import find_weights, quiet, read_pipeline
-from .engine.unet_attention import attention_map, capture_self_attention, resize_tokens, self_attention_layers
+from diclip.engine.unet_attention import (
+    attention_map,
+    capture_self_attention,
+    resize_tokens,
+    self_attention_layers,
+)
 
 # %% ../nbs/3_vce/32_sd.ipynb #cedf32ab
 class StableDiffusion:
     "A frozen Stable Diffusion: self-attention of real images (III-C), images of prompts (III-D)."
-    def __init__(self,
-                 pipe,      # diffusers' `StableDiffusionPipeline`
-                 name="sd", # what the fingerprint calls it
-                 size=None, # side of generated images in pixels; None: the model's own
-                ):
+
+    def __init__(
+        self,
+        pipe,  # diffusers' `StableDiffusionPipeline`
+        name="sd",  # what the fingerprint calls it
+        size=None,  # side of generated images in pixels; None: the model's own
+    ):
         from diffusers import DDIMScheduler
+
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-        for m in (pipe.unet, pipe.vae, pipe.text_encoder): m.requires_grad_(False).eval()
-        self.pipe, self.name, self.factor = pipe, name, pipe.vae_scale_factor
+        for m in (pipe.unet, pipe.vae, pipe.text_encoder):
+            m.requires_grad_(False).eval()
+        self.pipe = pipe
+        self.name = name
+        self.factor = pipe.vae_scale_factor
         self.size = size or pipe.unet.config.sample_size * self.factor
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
 
@@ -42,59 +53,66 @@ class StableDiffusion:
     def fingerprint(self) -> str:
         "Name and sha256 prefix of the UNet's weights in half precision."
         digest = hashlib.sha256()
-        for key, w in sorted(self.pipe.unet.state_dict().items()): digest.update(key.encode() + w.half().cpu().numpy().tobytes())
+        for key, w in sorted(self.pipe.unet.state_dict().items()):
+            digest.update(key.encode() + w.half().cpu().numpy().tobytes())
         return f"{self.name}:{digest.hexdigest()[:12]}"
 
 # %% ../nbs/3_vce/32_sd.ipynb #25b651b6
 def load_sd(
-    profile,              # a `Profile`: its sd, sd_alternatives and size are read
-    device="cpu",         # where the model runs
+    profile,  # a `Profile`: its sd, sd_alternatives and size are read
+    device="cpu",  # where the model runs
     dtype=torch.float32,  # its precision, whatever the files hold
 ) -> StableDiffusion:
-    "The frozen diffusion model of a profile (IV-B). Raises WeightsError for missing, damaged or unfitting weights."
+    """The frozen diffusion model of a profile (IV-B).
+    Raises WeightsError for missing, damaged or unfitting weights."""
     found = find_weights(profile.sd, profile.sd_alternatives, half=dtype in (torch.float16, torch.bfloat16))
     pipe = read_pipeline(found)
-    with quiet(): pipe.to(device=device, dtype=dtype)
+    with quiet():
+        pipe.to(device=device, dtype=dtype)
     return StableDiffusion(pipe, found.name, profile.size)
 
 # %% ../nbs/3_vce/32_sd.ipynb #d1b7d810
 @patch
 @torch.no_grad()
-def encode(self: StableDiffusion,
-           images: Tensor, # (B, 3, H, W) in [0, 1]
-          ) -> Tensor:     # (B, channels, H/8, W/8) scaled latents
+def encode(
+    self: StableDiffusion,
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
+) -> Tensor:  # (B, channels, H/8, W/8) scaled latents
     "The mean of the VAE's posterior, shifted and scaled as the VAE's configuration says."
     vae = self.pipe.vae
     z = vae.encode(images.to(self.device, self.dtype) * 2 - 1).latent_dist.mode()
     return (z - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
+
 @patch
 @torch.no_grad()
-def decode(self: StableDiffusion,
-           latents: Tensor, # (B, channels, h, w) scaled latents
-          ) -> Tensor:      # (B, 3, 8h, 8w) float32 in [0, 1]
+def decode(
+    self: StableDiffusion,
+    latents: Tensor,  # (B, channels, h, w) scaled latents
+) -> Tensor:  # (B, 3, 8h, 8w) float32 in [0, 1]
     "The pictures that latents stand for."
     vae = self.pipe.vae
     z = latents.to(self.device, self.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-    return (vae.decode(z).sample.float() / 2 + .5).clamp(0, 1)
+    return (vae.decode(z).sample.float() / 2 + 0.5).clamp(0, 1)
 
 # %% ../nbs/3_vce/32_sd.ipynb #55d75878
 def draw_noise(
-    shape,   # (channels, h, w) of one image's latents
+    shape,  # (channels, h, w) of one image's latents
     seed=0,  # fixes all draws
-    draws=1, # how many
-) -> list:   # of (channels, h, w) float32 tensors on the CPU
+    draws=1,  # how many
+) -> list:  # of (channels, h, w) float32 tensors on the CPU
     "Independent Gaussian noises; the first ones do not depend on `draws`, nor any on batch or device."
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for _ in range(draws)]
 
 # %% ../nbs/3_vce/32_sd.ipynb #481f17df
 @patch
-def add_noise(self: StableDiffusion,
-              latents: Tensor,    # (B, channels, h, w) scaled latents
-              timestep: int,      # 0 (hardly any noise) to 999 (hardly any picture)
-              noise: Tensor,      # (channels, h, w), the same for all images
-             ) -> Tensor:         # (B, channels, h, w)
+def add_noise(
+    self: StableDiffusion,
+    latents: Tensor,  # (B, channels, h, w) scaled latents
+    timestep: int,  # 0 (hardly any noise) to 999 (hardly any picture)
+    noise: Tensor,  # (channels, h, w), the same for all images
+) -> Tensor:  # (B, channels, h, w)
     "The forward process of the model's own schedule."
     noise = noise.to(latents).expand_as(latents)
     return self.pipe.scheduler.add_noise(latents, noise, torch.tensor([timestep], device=latents.device))
@@ -102,16 +120,21 @@ def add_noise(self: StableDiffusion,
 # %% ../nbs/3_vce/32_sd.ipynb #cee5f19b
 @patch
 @torch.no_grad()
-def look(self: StableDiffusion,
-         noisy: Tensor, # (B, channels, h, w) noisy latents
-         timestep: int, # the timestep of that noise
-         grid,          # (h, w) of the patches wanted
-         layers=None,   # indices into `self_attention_layers`; None for all
-        ) -> Tensor:    # (B, N, N) float32, rows sum to 1
+def look(
+    self: StableDiffusion,
+    noisy: Tensor,  # (B, channels, h, w) noisy latents
+    timestep: int,  # the timestep of that noise
+    grid,  # (h, w) of the patches wanted
+    layers=None,  # indices into `self_attention_layers`; None for all
+) -> Tensor:  # (B, N, N) float32, rows sum to 1
     "One pass of the UNet with the null prompt; the decoder's self-attention, mean over heads and layers."
     with capture_self_attention(self.pipe.unet, layers) as taken:
         self.pipe.unet(noisy, timestep, encoder_hidden_states=self.null_prompt.expand(len(noisy), -1, -1))
-    if not taken: raise ValueError("The UNet never called to_q and to_k: undo fused projections (unfuse_qkv_projections) before capturing.")
+    if not taken:
+        raise ValueError(
+            "The UNet never called to_q and to_k: undo fused projections (unfuse_qkv_projections) before"
+            " capturing."
+        )
     total = 0
     for t in taken:
         size = [-(-n // t.stride) for n in noisy.shape[-2:]]
@@ -121,47 +144,68 @@ def look(self: StableDiffusion,
 # %% ../nbs/3_vce/32_sd.ipynb #a670aee1
 def _check_images(images, factor):
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise ValueError(f"images must be a (B, 3, H, W) tensor with B > 0, got {tuple(getattr(images, 'shape', ()))}: put the channels second and add the batch dimension.")
-    if not images.isfinite().all(): raise ValueError("images hold NaN or infinity: look at how they were read or resized.")
+        raise ValueError(
+            f"images must be a (B, 3, H, W) tensor with B > 0, got {tuple(getattr(images, 'shape', ()))}: put"
+            " the channels second and add the batch dimension."
+        )
+    if not images.isfinite().all():
+        raise ValueError("images hold NaN or infinity: look at how they were read or resized.")
     if images.min() < -1e-3 or images.max() > 1 + 1e-3:
-        raise ValueError(f"images must lie in [0, 1], got {images.min():.3g} to {images.max():.3g}: divide bytes by 255, and leave normalization to the model.")
+        raise ValueError(
+            f"images must lie in [0, 1], got {images.min():.3g} to {images.max():.3g}: divide bytes by 255,"
+            " and leave normalization to the model."
+        )
     if images.shape[2] % factor or images.shape[3] % factor:
-        raise ValueError(f"images of {images.shape[2]}x{images.shape[3]} do not fit the VAE: make both sides a multiple of {factor}.")
+        raise ValueError(
+            f"images of {images.shape[2]}x{images.shape[3]} do not fit the VAE: make both sides a multiple of"
+            f" {factor}."
+        )
+
 
 def _check_numbers(grid, timestep, draws, chunk, count):
-    if len(grid) != 2 or min(grid) < 1: raise ValueError(f"grid must be (h, w), two positive integers, got {grid}: give CLIP's patch grid.")
-    if int(timestep) != timestep or not 0 <= timestep < count: raise ValueError(f"timestep must be an integer from 0 to {count - 1}, got {timestep}.")
-    if draws < 1 or (chunk is not None and chunk < 1): raise ValueError(f"draws ({draws}) and chunk ({chunk}) must be at least 1.")
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid must be (h, w), two positive integers, got {grid}: give CLIP's patch grid.")
+    if int(timestep) != timestep or not 0 <= timestep < count:
+        raise ValueError(f"timestep must be an integer from 0 to {count - 1}, got {timestep}.")
+    if draws < 1 or (chunk is not None and chunk < 1):
+        raise ValueError(f"draws ({draws}) and chunk ({chunk}) must be at least 1.")
 
 # %% ../nbs/3_vce/32_sd.ipynb #ff09952f
 @patch
 @torch.no_grad()
-def attention(self: StableDiffusion,
-              images: Tensor, # (B, 3, H, W) in [0, 1], sides multiples of 8
-              grid,           # (h, w) of CLIP's patches, N = h * w
-              timestep=100,   # 0 to 999
-              seed=0,         # of the noise
-              draws=1,        # noises to average over
-              layers=None,    # indices into `self_attention_layers`; None for all
-              chunk=None,     # images a pass; None for all at once
-             ) -> Tensor:     # (B, N, N) float32 on the images' device, rows sum to 1
-    "Self-attention of the UNet's decoder for real images (III-C, C.2). Raises ValueError for bad input, or where half precision overflowed."
+def attention(
+    self: StableDiffusion,
+    images: Tensor,  # (B, 3, H, W) in [0, 1], sides multiples of 8
+    grid,  # (h, w) of CLIP's patches, N = h * w
+    timestep=100,  # 0 to 999
+    seed=0,  # of the noise
+    draws=1,  # noises to average over
+    layers=None,  # indices into `self_attention_layers`; None for all
+    chunk=None,  # images a pass; None for all at once
+) -> Tensor:  # (B, N, N) float32 on the images' device, rows sum to 1
+    """Self-attention of the UNet's decoder for real images (III-C, C.2).
+    Raises ValueError for bad input, or where half precision overflowed."""
     _check_images(images, self.factor)
     _check_numbers(grid, timestep, draws, chunk, self.pipe.scheduler.config.num_train_timesteps)
     maps, timestep = [], int(timestep)
     for part in images.split(chunk or len(images)):
         z = self.encode(part)
-        looks = [self.look(self.add_noise(z, timestep, e), timestep, grid, layers) for e in draw_noise(z.shape[1:], seed, draws)]
+        looks = [
+            self.look(self.add_noise(z, timestep, e), timestep, grid, layers)
+            for e in draw_noise(z.shape[1:], seed, draws)
+        ]
         maps.append(sum(looks) / draws)
     A = torch.cat(maps).to(images.device)
-    if not A.isfinite().all(): raise ValueError(f"The attention overflowed in {self.dtype}: load the model in bfloat16 or float32.")
+    if not A.isfinite().all():
+        raise ValueError(f"The attention overflowed in {self.dtype}: load the model in bfloat16 or float32.")
     return A
 
 # %% ../nbs/3_vce/32_sd.ipynb #1029fec7
 @patch
-def untrained(self: StableDiffusion,
-              seed=0, # of the initialization
-             ) -> StableDiffusion: # shares the VAE and the text encoder
+def untrained(
+    self: StableDiffusion,
+    seed=0,  # of the initialization
+) -> StableDiffusion:  # shares the VAE and the text encoder
     "The control: the same model with a freshly initialized UNet."
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
@@ -171,35 +215,50 @@ def untrained(self: StableDiffusion,
 
 # %% ../nbs/3_vce/32_sd.ipynb #930ad387
 @patch
-def picture_size(self: StableDiffusion,
-                 size=None, # one side, (height, width), or None for the model's own
-                ) -> tuple: # (height, width)
+def picture_size(
+    self: StableDiffusion,
+    size=None,  # one side, (height, width), or None for the model's own
+) -> tuple:  # (height, width)
     "The size of generated images. Raises ValueError if the VAE cannot make it."
     size = self.size if size is None else size
     h, w = (size, size) if isinstance(size, int) else size
-    if h < 1 or w < 1 or h % self.factor or w % self.factor: raise ValueError(f"Images of {h}x{w} cannot be made: use multiples of {self.factor}.")
+    if h < 1 or w < 1 or h % self.factor or w % self.factor:
+        raise ValueError(f"Images of {h}x{w} cannot be made: use multiples of {self.factor}.")
     return h, w
 
 # %% ../nbs/3_vce/32_sd.ipynb #bd2b9f59
 @patch
 @torch.no_grad()
-def generate(self: StableDiffusion,
-             prompts,        # B prompts
-             seeds,          # B integers
-             steps=50,       # DDIM steps
-             guidance=7.5,   # classifier-free guidance; 1 is none
-             size=None,      # side or (height, width) in pixels; None for the model's own
-             progress=False, # show the pipeline's bar over steps
-            ) -> np.ndarray: # (B, H, W, 3) uint8
-    "Draw images with DDIM (D.1); image i depends on prompts[i] and seeds[i] only. Raises ValueError for bad input or overflow."
-    if isinstance(prompts, str) or len(prompts) != len(seeds) or not len(seeds): raise ValueError("Give a list of prompts and one seed per prompt, at least one.")
+def generate(
+    self: StableDiffusion,
+    prompts,  # B prompts
+    seeds,  # B integers
+    steps=50,  # DDIM steps
+    guidance=7.5,  # classifier-free guidance; 1 is none
+    size=None,  # side or (height, width) in pixels; None for the model's own
+    progress=False,  # show the pipeline's bar over steps
+) -> np.ndarray:  # (B, H, W, 3) uint8
+    """Draw images with DDIM (D.1); image i depends on prompts[i] and seeds[i] only.
+    Raises ValueError for bad input or overflow."""
+    if isinstance(prompts, str) or len(prompts) != len(seeds) or not len(seeds):
+        raise ValueError("Give a list of prompts and one seed per prompt, at least one.")
     count, (h, w) = self.pipe.scheduler.config.num_train_timesteps, self.picture_size(size)
-    if not 1 <= steps < count: raise ValueError(f"steps must be from 1 to {count - 1}, got {steps}.")
+    if not 1 <= steps < count:
+        raise ValueError(f"steps must be from 1 to {count - 1}, got {steps}.")
     tokenizer = self.pipe.tokenizer
     if (n := max(map(len, tokenizer(list(prompts), verbose=False).input_ids))) > tokenizer.model_max_length:
         raise ValueError(f"A prompt of {n} tokens would be cut at {tokenizer.model_max_length}: shorten it.")
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
     self.pipe.set_progress_bar_config(disable=not progress)
-    x = self.pipe(list(prompts), height=h, width=w, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt").images
-    if not x.isfinite().all(): raise ValueError(f"The images overflowed in {self.dtype}: load the model in bfloat16 or float32.")
+    x = self.pipe(
+        list(prompts),
+        height=h,
+        width=w,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        output_type="pt",
+    ).images
+    if not x.isfinite().all():
+        raise ValueError(f"The images overflowed in {self.dtype}: load the model in bfloat16 or float32.")
     return (x.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

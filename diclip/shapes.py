@@ -12,144 +12,239 @@ import numpy as np
 # %% ../nbs/appendix/b1_shapes.ipynb #b7f985a2
 CLASSES = ("boat", "plane", "bird", "car", "train", "cat", "bottle", "chair")
 
-def poly(*points): return np.array(points, dtype=float)
 
-def box(x0, y0, x1, y1): return poly((x0, y0), (x1, y0), (x1, y1), (x0, y1))
+def poly(*points):
+    return np.array(points, dtype=float)
 
-def oval(x, y, rx, ry, turn=0., start=0., end=2*np.pi, n=20):
+
+def box(x0, y0, x1, y1):
+    return poly((x0, y0), (x1, y0), (x1, y1), (x0, y1))
+
+
+def oval(x, y, rx, ry, turn=0.0, start=0.0, end=2 * np.pi, n=20):
     "A (partial) ellipse around (x, y), turned by `turn` radians."
     t = np.linspace(start, end, n)
     p = np.stack([rx * np.cos(t), ry * np.sin(t)], 1)
     c, s = np.cos(turn), np.sin(turn)
     return p @ np.array([[c, s], [-s, c]]) + (x, y)
 
+
 def ribbon(a, b, c, width0, width1, n=14):
     "A band along the quadratic curve from a over b to c: tails and necks."
     t = np.linspace(0, 1, n)[:, None]
     a, b, c = map(np.array, (a, b, c))
-    line = (1-t)**2 * a + 2*t*(1-t) * b + t**2 * c
+    line = (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c
     d = np.gradient(line, axis=0)
     normal = np.stack([-d[:, 1], d[:, 0]], 1) / (np.linalg.norm(d, axis=1, keepdims=True) + 1e-9)
     w = width0 + (width1 - width0) * t
-    return np.concatenate([line + w*normal, (line - w*normal)[::-1]])
+    return np.concatenate([line + w * normal, (line - w * normal)[::-1]])
 
 # %% ../nbs/appendix/b1_shapes.ipynb #4aaae0a1
 def _sailing_boat(u):
-    m, top = u(-.2, .2), u(-1.1, -.9)
-    return [(box(m-.04, top, m+.04, .5), "dark"), (poly((m+.07, top+.05), (m+.07, .3), (m+u(.6, .85), .3)), 1),
-            (poly((m-.07, top+.2), (m-.07, .3), (m-u(.4, .7), .3)), 2)]
+    m, top = u(-0.2, 0.2), u(-1.1, -0.9)
+    return [
+        (box(m - 0.04, top, m + 0.04, 0.5), "dark"),
+        (poly((m + 0.07, top + 0.05), (m + 0.07, 0.3), (m + u(0.6, 0.85), 0.3)), 1),
+        (poly((m - 0.07, top + 0.2), (m - 0.07, 0.3), (m - u(0.4, 0.7), 0.3)), 2),
+    ]
+
 
 def _motor_boat(u):
-    c = u(-.4, .1)
-    return [(poly((c-.4, .45), (c-.32, -.1), (c+.28, -.1), (c+.5, .45)), 1),
-            (poly((c-.22, .25), (c-.2, .02), (c+.18, .02), (c+.27, .25)), "light")]
+    c = u(-0.4, 0.1)
+    return [
+        (poly((c - 0.4, 0.45), (c - 0.32, -0.1), (c + 0.28, -0.1), (c + 0.5, 0.45)), 1),
+        (poly((c - 0.22, 0.25), (c - 0.2, 0.02), (c + 0.18, 0.02), (c + 0.27, 0.25)), "light"),
+    ]
+
 
 def _steam_boat(u):
-    chimneys = [(box(x, -.8, x+.18, -.2), 2) for x in (-.35, .05)[:1 + (u(0, 1) < .6)]]
-    return chimneys + [(box(-.45, -.3, .3, .1), "light"), (box(-.65, .05, .55, .5), 1)]
+    chimneys = [(box(x, -0.8, x + 0.18, -0.2), 2) for x in (-0.35, 0.05)[: 1 + (u(0, 1) < 0.6)]]
+    return chimneys + [(box(-0.45, -0.3, 0.3, 0.1), "light"), (box(-0.65, 0.05, 0.55, 0.5), 1)]
+
 
 def boat(u, kind):
-    h, keel = u(.28, .42), u(.5, .75)
-    hull = poly((-1, .4-.2*h), (1, .4-.3*h), (keel, .42+h), (-keel, .42+h))
-    return (_sailing_boat, _motor_boat, _steam_boat)[kind](u) + [(hull, 0), (box(-.8, .5, .8, .57), 2)]
+    h, keel = u(0.28, 0.42), u(0.5, 0.75)
+    hull = poly((-1, 0.4 - 0.2 * h), (1, 0.4 - 0.3 * h), (keel, 0.42 + h), (-keel, 0.42 + h))
+    return (_sailing_boat, _motor_boat, _steam_boat)[kind](u) + [(hull, 0), (box(-0.8, 0.5, 0.8, 0.57), 2)]
 
 # %% ../nbs/appendix/b1_shapes.ipynb #60a2007e
-def _wheels(xs, y, r): return [p for x in xs for p in ((oval(x, y, r, r), "dark"), (oval(x, y, r/2, r/2, n=10), "light"))]
+def _wheels(xs, y, r):
+    return [p for x in xs for p in ((oval(x, y, r, r), "dark"), (oval(x, y, r / 2, r / 2, n=10), "light"))]
+
 
 def car(u, kind):
-    if kind == 0:    # saloon
-        body = [(poly((-.62, .02), (-.36, -.45), (.3, -.45), (.62, .02)), 0), (poly((-.46, 0), (-.3, -.34), (-.04, -.34), (-.04, 0)), "light"),
-                (poly((.05, 0), (.05, -.34), (.25, -.34), (.44, 0)), "light"), (poly((-1, 0), (.9, 0), (1.02, .15), (1, .45), (-1.02, .45)), 0)]
+    if kind == 0:  # saloon
+        body = [
+            (poly((-0.62, 0.02), (-0.36, -0.45), (0.3, -0.45), (0.62, 0.02)), 0),
+            (poly((-0.46, 0), (-0.3, -0.34), (-0.04, -0.34), (-0.04, 0)), "light"),
+            (poly((0.05, 0), (0.05, -0.34), (0.25, -0.34), (0.44, 0)), "light"),
+            (poly((-1, 0), (0.9, 0), (1.02, 0.15), (1, 0.45), (-1.02, 0.45)), 0),
+        ]
     elif kind == 1:  # van
-        body = [(poly((-1, -.5), (.45, -.5), (.85, -.02), (1, .05), (1, .45), (-1, .45)), 0), (box(-.8, -.38, -.3, -.06), "light"),
-                (poly((-.2, -.38), (.35, -.38), (.65, -.06), (-.2, -.06)), "light"), (box(-1, .12, 1, .22), 1)]
-    else:            # truck
-        body = [(box(-1, -.6, .3, .4), 1), (poly((.34, -.28), (.75, -.28), (1, .1), (1, .42), (.34, .42)), 0),
-                (poly((.46, -.17), (.7, -.17), (.87, .08), (.46, .08)), "light"), (box(-1, .35, 1, .46), 2)]
-    return body + _wheels((-.58, .58), .45, u(.19, .25))
+        body = [
+            (poly((-1, -0.5), (0.45, -0.5), (0.85, -0.02), (1, 0.05), (1, 0.45), (-1, 0.45)), 0),
+            (box(-0.8, -0.38, -0.3, -0.06), "light"),
+            (poly((-0.2, -0.38), (0.35, -0.38), (0.65, -0.06), (-0.2, -0.06)), "light"),
+            (box(-1, 0.12, 1, 0.22), 1),
+        ]
+    else:  # truck
+        body = [
+            (box(-1, -0.6, 0.3, 0.4), 1),
+            (poly((0.34, -0.28), (0.75, -0.28), (1, 0.1), (1, 0.42), (0.34, 0.42)), 0),
+            (poly((0.46, -0.17), (0.7, -0.17), (0.87, 0.08), (0.46, 0.08)), "light"),
+            (box(-1, 0.35, 1, 0.46), 2),
+        ]
+    return body + _wheels((-0.58, 0.58), 0.45, u(0.19, 0.25))
 
-# %% ../nbs/appendix/b1_shapes.ipynb #bf6c4062
+# %% ../nbs/appendix/b1_shapes.ipynb #f42cc3a0
 def train(u, kind):
-    n = 2 + (u(0, 1) < .5)
+    n = 2 + (u(0, 1) < 0.5)
     length, parts = 2.4 / n, []
     for i in range(n):
-        x0, x1 = -1.2 + i*length, -1.26 + (i+1)*length
-        head = i == n-1
-        if head and kind == 1:   # a steam engine
-            parts += [(box(x0, -.55, x0+.3, .3), 1), (box(x1-.3, -.65, x1-.14, -.2), 2), (box(x0+.25, -.27, x1, .27), 0)]
+        x0, x1 = -1.2 + i * length, -1.26 + (i + 1) * length
+        head = i == n - 1
+        if head and kind == 1:  # a steam engine
+            parts += [
+                (box(x0, -0.55, x0 + 0.3, 0.3), 1),
+                (box(x1 - 0.3, -0.65, x1 - 0.14, -0.2), 2),
+                (box(x0 + 0.25, -0.27, x1, 0.27), 0),
+            ]
         else:
-            nose = poly((x0, -.4), (x1-.3, -.4), (x1, .08), (x1, .32), (x0, .32))
-            parts += [(nose if head else box(x0, -.4, x1, .32), 0), (box(x0, .1, x1-.03, .19), 2)]
-            parts += [(box(x, -.27, x+.15, -.03), "light") for x in np.linspace(x0+.1, x1-(.5 if head else .25), 3)]
-        parts += [(oval(x, .38, .11, .11, n=12), "dark") for x in (x0+.16, x1-.16)]
-        if not head: parts.append((box(x1-.02, .15, x1+.1, .23), "dark"))
+            nose = poly((x0, -0.4), (x1 - 0.3, -0.4), (x1, 0.08), (x1, 0.32), (x0, 0.32))
+            parts += [(nose if head else box(x0, -0.4, x1, 0.32), 0), (box(x0, 0.1, x1 - 0.03, 0.19), 2)]
+            parts += [
+                (box(x, -0.27, x + 0.15, -0.03), "light")
+                for x in np.linspace(x0 + 0.1, x1 - (0.5 if head else 0.25), 3)
+            ]
+        parts += [(oval(x, 0.38, 0.11, 0.11, n=12), "dark") for x in (x0 + 0.16, x1 - 0.16)]
+        if not head:
+            parts.append((box(x1 - 0.02, 0.15, x1 + 0.1, 0.23), "dark"))
     return parts
 
+# %% ../nbs/appendix/b1_shapes.ipynb #bf6c4062
 def plane(u, kind):
-    body = u(.14, .19)
+    body = u(0.14, 0.19)
     if kind == 0:  # from the side
-        return [(poly((-.95, -.05), (-1.05, -.6), (-.75, -.6), (-.5, -.05)), 1), (oval(0, 0, 1, body, n=30), 0),
-                (poly((-.1, .02), (.25, .02), (-.25, .5), (-.5, .5)), 2)] + [(oval(x, -.04, .05, .05, n=8), "dark") for x in np.linspace(-.4, .45, 5)]
-    sweep, span = u(.1, .5), u(.8, 1.)
-    wings = [(poly((.32, 0), (0, 0), (-sweep, s*span), (.22-sweep, s*span)), 1) for s in (-1, 1)]
-    tail = [(poly((-.7, 0), (-.9, .4*s), (-1.02, .4*s), (-.95, 0)), 2) for s in (-1, 1)]
-    return wings + tail + [(oval(0, 0, 1, body, n=30), 0), (oval(.75, 0, .12, body*.6, n=12), "dark")]
+        return [
+            (poly((-0.95, -0.05), (-1.05, -0.6), (-0.75, -0.6), (-0.5, -0.05)), 1),
+            (oval(0, 0, 1, body, n=30), 0),
+            (poly((-0.1, 0.02), (0.25, 0.02), (-0.25, 0.5), (-0.5, 0.5)), 2),
+        ] + [(oval(x, -0.04, 0.05, 0.05, n=8), "dark") for x in np.linspace(-0.4, 0.45, 5)]
+    sweep, span = u(0.1, 0.5), u(0.8, 1.0)
+    wings = [(poly((0.32, 0), (0, 0), (-sweep, s * span), (0.22 - sweep, s * span)), 1) for s in (-1, 1)]
+    tail = [(poly((-0.7, 0), (-0.9, 0.4 * s), (-1.02, 0.4 * s), (-0.95, 0)), 2) for s in (-1, 1)]
+    return wings + tail + [(oval(0, 0, 1, body, n=30), 0), (oval(0.75, 0, 0.12, body * 0.6, n=12), "dark")]
 
-# %% ../nbs/appendix/b1_shapes.ipynb #be734d2a
+# %% ../nbs/appendix/b1_shapes.ipynb #4f2493cd
 def bird(u, kind):
     if kind == 0:  # perched
-        return [(poly((-.5, .1), (-1.1, u(-.1, .35)), (-1.05, .45), (-.4, .35)), 2), (box(-.13, .5, -.06, .95), "dark"), (box(.1, .5, .17, .95), "dark"),
-                (oval(0, .15, .62, .42, turn=-.35), 0), (oval(.5, -.38, .29, .28), 0), (poly((.7, -.5), (1.08, -.35), (.7, -.26)), 2),
-                (oval(-.1, .12, .42, .22, turn=.15), 1), (oval(.57, -.44, .06, .06, n=8), "dark")]
-    a = u(.55, 1.)  # flying
-    return [(poly((-.15, 0), (-.5, -a), (-.2, -a*.95), (.27, -.05)), 1), (poly((-.1, 0), (.2, -a*.8), (.47, -a*.75), (.32, 0)), 2),
-            (poly((-.5, .05), (-1, -.12), (-1.05, .2)), 2), (oval(0, .05, .62, .21), 0), (oval(.6, -.03, .2, .18), 0),
-            (poly((.74, -.1), (1.04, .02), (.74, .07)), 2), (oval(.66, -.07, .05, .05, n=8), "dark")]
+        return [
+            (poly((-0.5, 0.1), (-1.1, u(-0.1, 0.35)), (-1.05, 0.45), (-0.4, 0.35)), 2),
+            (box(-0.13, 0.5, -0.06, 0.95), "dark"),
+            (box(0.1, 0.5, 0.17, 0.95), "dark"),
+            (oval(0, 0.15, 0.62, 0.42, turn=-0.35), 0),
+            (oval(0.5, -0.38, 0.29, 0.28), 0),
+            (poly((0.7, -0.5), (1.08, -0.35), (0.7, -0.26)), 2),
+            (oval(-0.1, 0.12, 0.42, 0.22, turn=0.15), 1),
+            (oval(0.57, -0.44, 0.06, 0.06, n=8), "dark"),
+        ]
+    a = u(0.55, 1.0)  # flying
+    return [
+        (poly((-0.15, 0), (-0.5, -a), (-0.2, -a * 0.95), (0.27, -0.05)), 1),
+        (poly((-0.1, 0), (0.2, -a * 0.8), (0.47, -a * 0.75), (0.32, 0)), 2),
+        (poly((-0.5, 0.05), (-1, -0.12), (-1.05, 0.2)), 2),
+        (oval(0, 0.05, 0.62, 0.21), 0),
+        (oval(0.6, -0.03, 0.2, 0.18), 0),
+        (poly((0.74, -0.1), (1.04, 0.02), (0.74, 0.07)), 2),
+        (oval(0.66, -0.07, 0.05, 0.05, n=8), "dark"),
+    ]
 
+# %% ../nbs/appendix/b1_shapes.ipynb #be734d2a
 def cat(u, kind):
-    x, y, r = (0, -.5, u(.3, .36)) if kind == 0 else (.74, -.35, u(.28, .33))
+    x, y, r = (0, -0.5, u(0.3, 0.36)) if kind == 0 else (0.74, -0.35, u(0.28, 0.33))
     if kind == 0:  # sitting
-        parts = [(ribbon((.3, .8), (1.1, .75), (u(.6, 1), u(-.2, .2)), .1, .06), 1), (oval(0, .35, u(.44, .54), .62), 0),
-                 (oval(-.18, .86, .15, .12, n=12), 1), (oval(.18, .86, .15, .12, n=12), 1), (oval(0, .42, .2, .33), 2)]
-    else:          # walking
-        parts = [(ribbon((-.7, -.05), (-1.2, -.1), (u(-1.2, -.9), u(-.9, -.5)), .09, .06), 1)]
-        parts += [(box(px, .1, px+.17, .75), i % 2) for i, px in enumerate((-.7, -.4, .3, .55))] + [(oval(0, .05, .82, .33), 0)]
-    ears = [(poly((x+s*r*.95, y-r*.3), (x+s*r*.85, y-r*1.5), (x+s*r*.1, y-r*.85)), 1) for s in (-1, 1)]
-    eyes = [(oval(x+s*r*.4, y-.05, .07, .08, n=10), "light") for s in (-1, 1)]
-    return parts + ears + [(oval(x, y, r, r*.9), 0)] + eyes + [(poly((x-.06, y+.07), (x+.06, y+.07), (x, y+.15)), "dark")]
+        parts = [
+            (ribbon((0.3, 0.8), (1.1, 0.75), (u(0.6, 1), u(-0.2, 0.2)), 0.1, 0.06), 1),
+            (oval(0, 0.35, u(0.44, 0.54), 0.62), 0),
+            (oval(-0.18, 0.86, 0.15, 0.12, n=12), 1),
+            (oval(0.18, 0.86, 0.15, 0.12, n=12), 1),
+            (oval(0, 0.42, 0.2, 0.33), 2),
+        ]
+    else:  # walking
+        parts = [(ribbon((-0.7, -0.05), (-1.2, -0.1), (u(-1.2, -0.9), u(-0.9, -0.5)), 0.09, 0.06), 1)]
+        parts += [(box(px, 0.1, px + 0.17, 0.75), i % 2) for i, px in enumerate((-0.7, -0.4, 0.3, 0.55))] + [
+            (oval(0, 0.05, 0.82, 0.33), 0)
+        ]
+    corners = (0.95, 0.3), (0.85, 1.5), (0.1, 0.85)
+    ears = [(poly(*((x + s * r * a, y - r * b) for a, b in corners)), 1) for s in (-1, 1)]
+    eyes = [(oval(x + s * r * 0.4, y - 0.05, 0.07, 0.08, n=10), "light") for s in (-1, 1)]
+    nose = [(poly((x - 0.06, y + 0.07), (x + 0.06, y + 0.07), (x, y + 0.15)), "dark")]
+    return parts + ears + [(oval(x, y, r, r * 0.9), 0)] + eyes + nose
+
+# %% ../nbs/appendix/b1_shapes.ipynb #474e8907
+def bottle(u, kind):
+    w, neck = u(0.24, 0.34), u(0.08, 0.12)
+    if kind == 0:  # wine
+        s = u(-0.35, -0.1)
+        body = poly(
+            (-w, 1), (-w, s), (-neck, s - 0.3), (-neck, -0.9), (neck, -0.9), (neck, s - 0.3), (w, s), (w, 1)
+        )
+    elif kind == 1:  # flask
+        w, body = 0.42, np.concatenate(
+            [
+                oval(0, 0.45, 0.52, 0.55, start=-1.3, end=np.pi + 1.3, n=24),
+                poly((-neck, -0.85), (neck, -0.85)),
+            ]
+        )
+    else:  # jar
+        w *= 1.4
+        body = np.concatenate(
+            [poly((-w, 1), (-w, -0.2)), oval(0, -0.2, w, 0.4, start=np.pi, end=2 * np.pi, n=12), poly((w, 1))]
+        )
+    top = -0.72 if kind == 2 else -0.92
+    return [
+        (body, 0),
+        (box(-neck * 1.4, top - 0.12, neck * 1.4, top + (0.2 if kind == 2 else 0.05)), 2),
+        (box(-w, 0.2, w, u(0.5, 0.72)), 1),
+    ]
 
 # %% ../nbs/appendix/b1_shapes.ipynb #532fb45d
-def bottle(u, kind):
-    w, neck = u(.24, .34), u(.08, .12)
-    if kind == 0:    # wine
-        s = u(-.35, -.1)
-        body = poly((-w, 1), (-w, s), (-neck, s-.3), (-neck, -.9), (neck, -.9), (neck, s-.3), (w, s), (w, 1))
-    elif kind == 1:  # flask
-        w, body = .42, np.concatenate([oval(0, .45, .52, .55, start=-1.3, end=np.pi+1.3, n=24), poly((-neck, -.85), (neck, -.85))])
-    else:            # jar
-        w *= 1.4
-        body = np.concatenate([poly((-w, 1), (-w, -.2)), oval(0, -.2, w, .4, start=np.pi, end=2*np.pi, n=12), poly((w, 1))])
-    top = -.72 if kind == 2 else -.92
-    return [(body, 0), (box(-neck*1.4, top-.12, neck*1.4, top+(.2 if kind == 2 else .05)), 2), (box(-w, .2, w, u(.5, .72)), 1)]
-
 def chair(u, kind):
-    if kind == 0:    # from the side
-        return [(poly((-.64, -1), (-.45, -1), (-.37, .1), (-.56, .1)), 0), (box(-.58, 0, .56, .2), 1), (box(-.56, .2, -.41, 1), 0), (box(.4, .2, .55, 1), 0)]
-    if kind == 1:    # slatted, from the front
-        return ([(box(x, -1, x+.14, .2), 0) for x in (-.56, .42)] + [(box(-.45, y, .45, y+.16), 2) for y in (-.95, -.6, -.25)] +
-                [(poly((-.55, .08), (.55, .08), (.68, .35), (-.68, .35)), 1)] + [(box(x, .35, x+.14, 1), 0) for x in (-.67, .53)])
-    return [(poly((-.65, -.75), (.65, -.75), (.7, .4), (-.7, .4)), 0), (box(-.62, .15, .62, .52), 1), (box(-.95, -.15, -.6, .8), 0),   # armchair
-            (box(.6, -.15, .95, .8), 0), (box(-.62, .5, .62, .8), 2), (box(-.88, .8, -.72, 1), "dark"), (box(.72, .8, .88, 1), "dark")]
+    if kind == 0:  # from the side
+        return [
+            (poly((-0.64, -1), (-0.45, -1), (-0.37, 0.1), (-0.56, 0.1)), 0),
+            (box(-0.58, 0, 0.56, 0.2), 1),
+            (box(-0.56, 0.2, -0.41, 1), 0),
+            (box(0.4, 0.2, 0.55, 1), 0),
+        ]
+    if kind == 1:  # slatted, from the front
+        return (
+            [(box(x, -1, x + 0.14, 0.2), 0) for x in (-0.56, 0.42)]
+            + [(box(-0.45, y, 0.45, y + 0.16), 2) for y in (-0.95, -0.6, -0.25)]
+            + [(poly((-0.55, 0.08), (0.55, 0.08), (0.68, 0.35), (-0.68, 0.35)), 1)]
+            + [(box(x, 0.35, x + 0.14, 1), 0) for x in (-0.67, 0.53)]
+        )
+    return [
+        (poly((-0.65, -0.75), (0.65, -0.75), (0.7, 0.4), (-0.7, 0.4)), 0),
+        (box(-0.62, 0.15, 0.62, 0.52), 1),
+        (box(-0.95, -0.15, -0.6, 0.8), 0),  # armchair
+        (box(0.6, -0.15, 0.95, 0.8), 0),
+        (box(-0.62, 0.5, 0.62, 0.8), 2),
+        (box(-0.88, 0.8, -0.72, 1), "dark"),
+        (box(0.72, 0.8, 0.88, 1), "dark"),
+    ]
 
 # %% ../nbs/appendix/b1_shapes.ipynb #52db77cb
 KINDS = dict(boat=3, plane=2, bird=2, car=3, train=2, cat=2, bottle=3, chair=3)
 
+
 def silhouette(
-    name: str,                  # one of `CLASSES`
-    rng: np.random.Generator,   # decides kind and proportions
-    kind: int | None = None,    # which silhouette of the class; drawn where None
-) -> list:                      # [(polygon (n, 2) in [-1.3, 1.3], paint), ...] in drawing order
+    name: str,  # one of `CLASSES`
+    rng: np.random.Generator,  # decides kind and proportions
+    kind: int | None = None,  # which silhouette of the class; drawn where None
+) -> list:  # [(polygon (n, 2) in [-1.3, 1.3], paint), ...] in drawing order
     "The parts of one individual of a class. Raises ValueError for an unknown class."
-    if name not in CLASSES: raise ValueError(f"unknown class {name!r}: the mini world has {', '.join(CLASSES)}")
+    if name not in CLASSES:
+        raise ValueError(f"unknown class {name!r}: the mini world has {', '.join(CLASSES)}")
     kind = int(rng.integers(KINDS[name])) if kind is None else kind
-    return globals()[name](lambda a, b: a + (b-a) * rng.random(), kind)
+    return globals()[name](lambda a, b: a + (b - a) * rng.random(), kind)

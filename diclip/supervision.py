@@ -19,24 +19,27 @@ from .retrieval import cache_cam, dynamic_cam, static_cam
 
 # %% ../nbs/5_training/53_supervision.ipynb #d2e5d813
 def add_static(
-    f: dict,          # with features (B, N, d) and cam (B, C, N)
-    labels,           # (B, C) bool, or None for all classes
-    cache,            # `Cache`, or None
-    profile,          # `Profile`
-) -> dict:            # the same with "static" (B, C, N)
+    f: dict,  # with features (B, N, d) and cam (B, C, N)
+    labels,  # (B, C) bool, or None for all classes
+    cache,  # `Cache`, or None
+    profile,  # `Profile`
+) -> dict:  # the same with "static" (B, C, N)
     "The static CAM (11) of features that are there already; the CAM (1) itself where there is no cache."
-    if cache is None: return {**f, "static": f["cam"]}
+    if cache is None:
+        return {**f, "static": f["cam"]}
     found = cache_cam(f["features"], cache, profile.sharpness, norm=profile.norm)
     return {**f, "static": static_cam(f["cam"], found, profile.beta, labels, profile.norm)}
 
+
 def class_maps(
-    clip, sd,         # `DenseCLIP`, `StableDiffusion` or None
-    text: Tensor,     # (C, d) of the profile's classes
-    images: Tensor,   # (B, 3, H, W) in [0, 1]
-    labels,           # (B, C) bool, or None for all classes
-    profile,          # `Profile`
-    cache=None,       # `Cache`
-) -> dict:            # features (B, N, d), cam and static (B, C, N)
+    clip,  # `DenseCLIP`
+    sd,  # `StableDiffusion` or None
+    text: Tensor,  # (C, d) of the profile's classes
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
+    labels,  # (B, C) bool, or None for all classes
+    profile,  # `Profile`
+    cache=None,  # `Cache`
+) -> dict:  # features (B, N, d), cam and static (B, C, N)
     "VCE features (7), their CAM (1), and the static CAM (11)."
     features = vce_features(clip, sd, images, profile)
     words = clip.text(profile.background_words) if profile.redundancy and profile.background_words else None
@@ -45,18 +48,25 @@ def class_maps(
 
 # %% ../nbs/5_training/53_supervision.ipynb #268a45f6
 class Frozen:
-    "CLIP, diffusion model and cache: images and labels in; tokens (B, L, N, D), features (B, N, d), cam and static (B, C, N) out."
+    """CLIP, diffusion model and cache: images and labels in; tokens (B, L, N, D), features (B, N, d), cam and
+    static (B, C, N) out."""
+
     def __init__(self, clip, sd, profile, cache=None):
-        self.clip, self.sd, self.profile, self.cache = clip, sd, profile, cache
+        self.clip = clip
+        self.sd = sd
+        self.profile = profile
+        self.cache = cache
         self.text = clip.text(profile.prompt_names)
 
     @torch.no_grad()
-    def __call__(self,
-                 images: Tensor,   # (B, 3, H, W) in [0, 1]
-                 labels: Tensor,   # (B, C) bool
-                ) -> dict:
+    def __call__(
+        self,
+        images: Tensor,  # (B, 3, H, W) in [0, 1]
+        labels: Tensor,  # (B, C) bool
+    ) -> dict:
         out = class_maps(self.clip, self.sd, self.text, images, labels, self.profile, self.cache)
-        if self.profile.affinity: out["attention"] = self.attention(images)
+        if self.profile.affinity:
+            out["attention"] = self.attention(images)
         return dict(out, tokens=raw_tokens(self.clip, images))
 
     def attention(self, images):
@@ -66,21 +76,22 @@ class Frozen:
 
 # %% ../nbs/5_training/53_supervision.ipynb #5aa7adc6
 def pack(
-    maps: Tensor,     # (B, C, N), zero for absent classes
-    labels: Tensor,   # (B, C) bool
-) -> tuple:           # (B, m, N) with m the most classes of an image; (B, m) their numbers
+    maps: Tensor,  # (B, C, N), zero for absent classes
+    labels: Tensor,  # (B, C) bool
+) -> tuple:  # (B, m, N) with m the most classes of an image; (B, m) their numbers
     "Present classes first, in label order; the rest is filled with absent ones, whose maps are zero."
     m = max(1, int(labels.sum(1).max()))
     index = labels.int().argsort(dim=1, descending=True, stable=True)[:, :m]
     return maps.gather(1, index[..., None].expand(-1, -1, maps.shape[2])), index
 
+
 def unpack(
-    target: Tensor,   # (B, ...) int: 0 background, 1 to m packed classes, 255
-    index: Tensor,    # (B, m) from `pack`
-) -> Tensor:          # the same shape: 0 background, c + 1 = class c, 255
+    target: Tensor,  # (B, ...) int: 0 background, 1 to m packed classes, 255
+    index: Tensor,  # (B, m) from `pack`
+) -> Tensor:  # the same shape: 0 background, c + 1 = class c, 255
     "Labels of packed maps as labels of classes."
     table = torch.full((len(index), 256), 255, device=target.device)
-    table[:, 0], table[:, 1:index.shape[1] + 1] = 0, index + 1
+    table[:, 0], table[:, 1 : index.shape[1] + 1] = 0, index + 1
     return table.gather(1, target.flatten(1)).view(target.shape)
 
 # %% ../nbs/5_training/53_supervision.ipynb #34c19461
@@ -88,17 +99,18 @@ def make_par(profile):
     "The refinement of a profile; None where it has no dilations."
     return PAR(profile.par_dilations, profile.par_rounds) if profile.par_dilations else None
 
+
 def pixel_labels(
-    images: Tensor,   # (B, 3, H, W) in [0, 1]
-    maps: Tensor,     # (B, C, N) CAMs, zero for absent classes
-    labels: Tensor,   # (B, C) bool
-    grid: tuple,      # (h, w)
-    profile,          # `Profile`: gamma or thresholds, affinity
-    par=None,         # `make_par(profile)`
-    valid=None,       # (B, H, W) bool; False where a crop was padded
-    attention=None,   # (B, N, N), for the affinity switch
-    gamma=None,       # power of the background score; None: the profile's
-) -> Tensor:          # (B, H, W) int64: 0 background, c + 1 = class c, 255 ignored
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
+    maps: Tensor,  # (B, C, N) CAMs, zero for absent classes
+    labels: Tensor,  # (B, C) bool
+    grid: tuple,  # (h, w)
+    profile,  # `Profile`: gamma or thresholds, affinity
+    par=None,  # `make_par(profile)`
+    valid=None,  # (B, H, W) bool; False where a crop was padded
+    attention=None,  # (B, N, N), for the affinity switch
+    gamma=None,  # power of the background score; None: the profile's
+) -> Tensor:  # (B, H, W) int64: 0 background, c + 1 = class c, 255 ignored
     "Pseudo-labels that supervise the head, (15)."
     small, index = pack(maps if attention is None else affinity_refine(maps, attention, grid), labels)
     large = resize_maps(small, grid, images.shape[-2:]).clamp(0, 1)
@@ -109,63 +121,82 @@ def pixel_labels(
 
 # %% ../nbs/5_training/53_supervision.ipynb #fbb93592
 def patch_labels(
-    maps: Tensor,     # (B, C, N) static CAMs
-    grid: tuple,      # (h, w)
-    profile,          # `Profile`
-    valid=None,       # (B, H, W) bool
-) -> Tensor:          # (B, N) int64
-    "Pseudo-labels of M_static that supervise the adapter, (14). A patch counts where at least half of it is image."
+    maps: Tensor,  # (B, C, N) static CAMs
+    grid: tuple,  # (h, w)
+    profile,  # `Profile`
+    valid=None,  # (B, H, W) bool
+) -> Tensor:  # (B, N) int64
+    """Pseudo-labels of M_static that supervise the adapter, (14). A patch counts where at least half of it is
+    image."""
     out = pseudo_labels(maps, *(profile.thresholds or (None, None)), profile.gamma)
-    if valid is None: return out
-    return out.masked_fill(F.adaptive_avg_pool2d(valid[:, None].float(), grid).flatten(1) < .5, 255)
+    if valid is None:
+        return out
+    return out.masked_fill(F.adaptive_avg_pool2d(valid[:, None].float(), grid).flatten(1) < 0.5, 255)
 
 # %% ../nbs/5_training/53_supervision.ipynb #f2abc7ca
 def supervising_cam(
-    f: dict,                # from `Frozen`
-    labels,                 # (B, C) bool, or None for all classes
-    votes: Tensor = None,   # (B, N, C + 1) of the adapter, if there is one
-    profile=None,           # `Profile`: weight and reading of the votes; needed with votes only
-) -> Tensor:                # (B, C, N) in [0, 1]
+    f: dict,  # from `Frozen`
+    labels,  # (B, C) bool, or None for all classes
+    votes: Tensor = None,  # (B, N, C + 1) of the adapter, if there is one
+    profile=None,  # `Profile`: weight and reading of the votes; needed with votes only
+) -> Tensor:  # (B, C, N) in [0, 1]
     "M_dyn (13) with an adapter's votes, M_static (11) without, which is M_vce (1) where there is no cache."
-    if votes is None: return f["static"]
-    return dynamic_cam(f["cam"], votes.detach(), profile.dynamic_beta, labels, profile.dynamic_votes, profile.norm)
+    if votes is None:
+        return f["static"]
+    return dynamic_cam(
+        f["cam"], votes.detach(), profile.dynamic_beta, labels, profile.dynamic_votes, profile.norm
+    )
 
 # %% ../nbs/5_training/53_supervision.ipynb #caa7222c
 def augmented(profile) -> bool:
     "Does an image look different each time it is drawn?"
     return bool(profile.long_side or profile.rescale or profile.flip)
 
+
 def precompute(
     frozen: Frozen,
-    samples,               # a sequence of `Sample`
-    size: int = 25,        # images at a time
-    device="cpu",          # where the frozen models run
+    samples,  # a sequence of `Sample`
+    size: int = 25,  # images at a time
+    device="cpu",  # where the frozen models run
     progress=True,
-) -> dict:                 # like `Frozen`'s, for all images, on the CPU
+) -> dict:  # like `Frozen`'s, for all images, on the CPU
     "The frozen models' answer for every image of a data set. Tokens are kept in half precision."
     from diclip.data import batch_images, multi_hot
     from tqdm.auto import tqdm
+
     parts = []
     for i in tqdm(range(0, len(samples), size), desc="frozen models", disable=not progress):
-        some = samples[i:i + size]
+        some = samples[i : i + size]
         x, y = batch_images(some, frozen.profile.crop), multi_hot(some, len(frozen.profile.classes))
-        parts.append({k: v.half().cpu() if k == "tokens" else v.cpu() for k, v in frozen(x.to(device), y.to(device)).items()})
+        parts.append(
+            {
+                k: v.half().cpu() if k == "tokens" else v.cpu()
+                for k, v in frozen(x.to(device), y.to(device)).items()
+            }
+        )
     return {k: torch.cat([q[k] for q in parts]) for k in parts[0]}
 
 # %% ../nbs/5_training/53_supervision.ipynb #65e9703a
 def store_targets(
-    memory: dict,          # from `precompute`
-    samples,               # the same images
-    profile,               # `Profile`
-    size: int = 25,        # images at a time
+    memory: dict,  # from `precompute`
+    samples,  # the same images
+    profile,  # `Profile`
+    size: int = 25,  # images at a time
     progress=True,
-) -> dict:                 # memory with "target" (n, S, S) uint8
+) -> dict:  # memory with "target" (n, S, S) uint8
     "The pixel labels of the static CAM for every image of a data set."
     from diclip.data import batch_images, multi_hot
     from tqdm.auto import tqdm
+
     par, parts = make_par(profile), []
     for i in tqdm(range(0, len(samples), size), desc="pseudo-labels", disable=not progress):
-        some = samples[i:i + size]
-        x, y, f = batch_images(some, profile.crop), multi_hot(some, len(profile.classes)), {k: v[i:i + size] for k, v in memory.items()}
-        parts.append(pixel_labels(x, f["static"], y, profile.grid, profile, par, attention=f.get("attention")).to(torch.uint8))
+        some = samples[i : i + size]
+        x = batch_images(some, profile.crop)
+        y = multi_hot(some, len(profile.classes))
+        f = {k: v[i : i + size] for k, v in memory.items()}
+        parts.append(
+            pixel_labels(x, f["static"], y, profile.grid, profile, par, attention=f.get("attention")).to(
+                torch.uint8
+            )
+        )
     return memory | dict(target=torch.cat(parts))

@@ -17,17 +17,35 @@ from torch.nn import functional as F
 from .datasets.batches import TrainingSet, batches
 from .cam import resize_maps
 from .data import palette
-from .engine.checkpoint import load_checkpoint, optimizer_tensors, part, read_log, restore_optimizer, save_checkpoint
+from diclip.engine.checkpoint import (
+    load_checkpoint,
+    optimizer_tensors,
+    part,
+    read_log,
+    restore_optimizer,
+    save_checkpoint,
+)
 from .head import HEADS
 from .losses import affinity_loss, cache_loss, learning_rate, seg_loss
 from .metrics import cam_confusion
 from .retrieval import Adapter
-from .supervision import Frozen, augmented, make_par, patch_labels, pixel_labels, precompute, store_targets, supervising_cam
+from diclip.supervision import (
+    Frozen,
+    augmented,
+    make_par,
+    patch_labels,
+    pixel_labels,
+    precompute,
+    store_targets,
+    supervising_cam,
+)
+
 _all_ = ["seg_loss", "cache_loss", "Frozen", "precompute", "read_log", "store_targets"]
 
 # %% ../nbs/5_training/54_train.ipynb #a8d67fe9
 class Student(nn.Module):
     "The head and, in the last row of Table IV, the adapter."
+
     def __init__(self, head, adapter=None):
         super().__init__()
         self.head, self.adapter = head, adapter
@@ -37,82 +55,128 @@ class Student(nn.Module):
         e = self.head.embed(tokens, grid)
         return self.head.classify(e), None if self.adapter is None else self.adapter(features), e
 
+
 def new_head(clip, profile):
     "A fresh head of the profile's kind for a `DenseCLIP`. Raises ValueError for an unknown one."
-    if profile.head not in HEADS: raise ValueError(f"unknown head {profile.head!r}: choose one of {', '.join(HEADS)}")
+    if profile.head not in HEADS:
+        raise ValueError(f"unknown head {profile.head!r}: choose one of {', '.join(HEADS)}")
     return HEADS[profile.head](clip.width, clip.depth, len(profile.classes), width=profile.head_width)
 
+
 def new_student(
-    clip,                 # a `DenseCLIP`: its width and depth shape the head
-    profile,              # `Profile`
-    cache=None,           # `Cache` to start the adapter from; None for a head alone
-    random: bool = False, # an adapter of the same size with random weights (Table V)
+    clip,  # a `DenseCLIP`: its width and depth shape the head
+    profile,  # `Profile`
+    cache=None,  # `Cache` to start the adapter from; None for a head alone
+    random: bool = False,  # an adapter of the same size with random weights (Table V)
     seed: int = 0,
 ) -> Student:
     "A fresh student. Raises ValueError for an unknown head."
     p = profile
     torch.manual_seed(seed)
-    return Student(new_head(clip, p), None if cache is None else Adapter.from_cache(cache, p.prompts, p.prompt_noise, random, p.sharpness, seed))
+    return Student(
+        new_head(clip, p),
+        (
+            None
+            if cache is None
+            else Adapter.from_cache(cache, p.prompts, p.prompt_noise, random, p.sharpness, seed)
+        ),
+    )
 
 # %% ../nbs/5_training/54_train.ipynb #a7e24584
 def total_loss(
-    logits: Tensor, votes, embedding: Tensor,   # from `Student`
-    target: Tensor,          # (B, H, W) labels for the head
-    patches,                 # (B, N) labels for the adapter; None without one
-    profile,                 # `Profile`: the weights
-    average=None,            # function that averages a tensor over all processes
-) -> tuple:                  # loss, {name: float}
+    logits: Tensor,  # from `Student`
+    votes,  # from `Student`
+    embedding: Tensor,  # from `Student`
+    target: Tensor,  # (B, H, W) labels for the head
+    patches,  # (B, N) labels for the adapter; None without one
+    profile,  # `Profile`: the weights
+    average=None,  # function that averages a tensor over all processes
+) -> tuple:  # loss, {name: float}
     "Equation (15)."
     large = F.interpolate(logits.float(), target.shape[1:], mode="bilinear", align_corners=False)
     parts = dict(seg=seg_loss(large, target, average=average, foreground=profile.foreground_weight))
-    if votes is not None: parts["cache"] = cache_loss(votes.float(), patches, average)
+    if votes is not None:
+        parts["cache"] = cache_loss(votes.float(), patches, average)
     if profile.affinity_weight:
         small = F.interpolate(target[:, None].float(), embedding.shape[2:], mode="nearest")[:, 0].long()
         parts["affinity"] = affinity_loss(embedding.float(), small)
-    weights = dict(seg=1., cache=profile.cache_weight, affinity=profile.affinity_weight)
+    weights = dict(seg=1.0, cache=profile.cache_weight, affinity=profile.affinity_weight)
     return sum(weights[k] * v for k, v in parts.items()), {k: v.item() for k, v in parts.items()}
 
 # %% ../nbs/5_training/54_train.ipynb #c1880243
 class Learner:
     "A student, its teachers and its optimizer."
-    def __init__(self,
-                 student: Student, frozen: Frozen,
-                 profile,             # `Profile`
-                 accelerator=None,    # an `accelerate.Accelerator`; None makes one for this machine
-                 memory=None,         # from `precompute`, where images are not augmented
-                 supervised=False,    # teach the head with true masks: the ceiling
-                ):
-        if memory is not None and augmented(profile): raise ValueError("a memory of whole images does not fit augmented crops: set long_side=None, rescale=None and flip=False, or leave it out")
+
+    def __init__(
+        self,
+        student: Student,
+        frozen: Frozen,
+        profile,  # `Profile`
+        accelerator=None,  # an `accelerate.Accelerator`; None makes one for this machine
+        memory=None,  # from `precompute`, where images are not augmented
+        supervised=False,  # teach the head with true masks: the ceiling
+    ):
+        if memory is not None and augmented(profile):
+            raise ValueError(
+                "a memory of whole images does not fit augmented crops: set long_side=None, rescale=None and"
+                " flip=False, or leave it out"
+            )
         if accelerator is None:
             from accelerate import Accelerator
+
             accelerator = Accelerator(cpu=frozen.text.device.type == "cpu")
-        self.frozen, self.profile, self.memory, self.supervised, self.accelerator = frozen, profile, memory, supervised, accelerator
-        optimizer = torch.optim.AdamW(student.parameters(), profile.rate, (.9, .999), weight_decay=profile.weight_decay)
+        self.frozen = frozen
+        self.profile = profile
+        self.memory = memory
+        self.supervised = supervised
+        self.accelerator = accelerator
+        optimizer = torch.optim.AdamW(
+            student.parameters(), profile.rate, (0.9, 0.999), weight_decay=profile.weight_decay
+        )
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         self.par = make_par(profile)
-        if self.par is not None: self.par.to(accelerator.device)
+        if self.par is not None:
+            self.par.to(accelerator.device)
 
     @property
-    def module(self) -> Student: return self.accelerator.unwrap_model(self.student)
+    def module(self) -> Student:
+        return self.accelerator.unwrap_model(self.student)
 
-# %% ../nbs/5_training/54_train.ipynb #80e8701a
+# %% ../nbs/5_training/54_train.ipynb #61e943cf
 @patch
 def look(self: Learner, batch) -> dict:
     "What the frozen models say about a batch: computed now, or remembered."
     device = self.accelerator.device
-    if self.memory is None: return self.frozen(batch["image"].to(device), batch["labels"].to(device))
+    if self.memory is None:
+        return self.frozen(batch["image"].to(device), batch["labels"].to(device))
     return {k: v[batch["index"]].to(device) for k, v in self.memory.items()}
 
+# %% ../nbs/5_training/54_train.ipynb #80e8701a
 @patch
 def teach(self: Learner, f, batch, votes) -> tuple:
     "Labels of the head (B, H, W) and of the adapter (B, N): no gradient passes."
     p, device = self.profile, self.accelerator.device
     image, labels, valid, mask = (batch[k].to(device) for k in ("image", "labels", "valid", "mask"))
     patches = None if votes is None else patch_labels(f["static"], p.grid, p, valid)
-    if self.supervised: return mask, patches
-    if "target" in f and votes is None: return f["target"].long(), patches
+    if self.supervised:
+        return mask, patches
+    if "target" in f and votes is None:
+        return f["target"].long(), patches
     gamma = None if votes is None else p.dynamic_gamma
-    return pixel_labels(image, supervising_cam(f, labels, votes, p), labels, p.grid, p, self.par, valid, f.get("attention"), gamma), patches
+    return (
+        pixel_labels(
+            image,
+            supervising_cam(f, labels, votes, p),
+            labels,
+            p.grid,
+            p,
+            self.par,
+            valid,
+            f.get("attention"),
+            gamma,
+        ),
+        patches,
+    )
 
 # %% ../nbs/5_training/54_train.ipynb #8cf20faf
 @patch
@@ -121,12 +185,15 @@ def predict(self: Learner, batch):
     logits, votes, embedding = self.student(f["tokens"].float(), f["features"], self.profile.grid)
     return (logits, votes, embedding), self.teach(f, batch, votes)
 
+
 @patch
 def loss(self: Learner, predicted, targets):
-    if self.accelerator.num_processes == 1: return total_loss(*predicted, *targets, self.profile)
+    if self.accelerator.num_processes == 1:
+        return total_loss(*predicted, *targets, self.profile)
     average = lambda t: self.accelerator.reduce(t, "mean")
     loss, parts = total_loss(*predicted, *targets, self.profile, average)
     return loss, dict(zip(parts, average(loss.new_tensor(list(parts.values()))).tolist()))
+
 
 @patch
 def step(self: Learner, batch) -> dict:
@@ -138,70 +205,113 @@ def step(self: Learner, batch) -> dict:
     self.optimizer.zero_grad()
     return parts
 
-# %% ../nbs/5_training/54_train.ipynb #b5d2feec
+# %% ../nbs/5_training/54_train.ipynb #db24dd56
 def settings(learner, data) -> dict:
     "What must not change between a training and its continuation, as JSON knows it."
-    return json.loads(json.dumps(dict(asdict(learner.profile), seed=data.seed, images=len(data.samples), processes=learner.accelerator.num_processes,
-                                      supervised=learner.supervised, adapter=learner.module.adapter is not None)))
+    return json.loads(
+        json.dumps(
+            dict(
+                asdict(learner.profile),
+                seed=data.seed,
+                images=len(data.samples),
+                processes=learner.accelerator.num_processes,
+                supervised=learner.supervised,
+                adapter=learner.module.adapter is not None,
+            )
+        )
+    )
+
 
 @patch
 def save(self: Learner, folder, iteration, settings):
     "Write a checkpoint (first process only)."
-    if not self.accelerator.is_main_process: return
-    tensors = {f"student.{k}": v for k, v in self.module.state_dict().items()} | {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+    if not self.accelerator.is_main_process:
+        return
+    tensors = {f"student.{k}": v for k, v in self.module.state_dict().items()} | {
+        f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer).items()
+    }
     save_checkpoint(folder, tensors, dict(iteration=iteration, settings=settings))
 
+# %% ../nbs/5_training/54_train.ipynb #b5d2feec
 @patch
 def load(self: Learner, folder, settings) -> int:
-    "Continue from a folder's checkpoint: the iteration to go on with, 0 where there is none. Raises ValueError for the checkpoint of another training."
+    """Continue from a folder's checkpoint: the iteration to go on with, 0 where there is none.
+    Raises ValueError for the checkpoint of another training."""
     tensors, state = load_checkpoint(folder)
-    if not state: return 0
+    if not state:
+        return 0
     changed = [k for k, v in settings.items() if state["settings"].get(k) != v]
-    if changed: raise ValueError(f"the checkpoint was trained with another {', '.join(changed)}: use the same settings, or a new folder")
+    if changed:
+        raise ValueError(
+            f"the checkpoint was trained with another {', '.join(changed)}: use the same settings, or a new"
+            " folder"
+        )
     self.module.load_state_dict(part(tensors, "student"))
     restore_optimizer(self.optimizer, part(tensors, "optimizer"))
     return state["iteration"]
 
 # %% ../nbs/5_training/54_train.ipynb #c1057fe3
 class Log:
-    "Losses and scores by iteration: lines of JSON, TensorBoard beside them, and the mean since the last line."
+    """Losses and scores by iteration: lines of JSON, TensorBoard beside them, and the mean since the last
+    line."""
+
     def __init__(self, folder, first: int, active=True):
-        self.path, self.sums, self.n, self.board = Path(folder) / "log.jsonl", {}, 0, None
-        if not active: self.path = None; return
+        self.path = Path(folder) / "log.jsonl"
+        self.sums = {}
+        self.n = 0
+        self.board = None
+        if not active:
+            self.path = None
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [l for l in read_log(folder) if l["iteration"] <= first]      # what a killed run wrote after its last checkpoint is done again
+        kept = [
+            l for l in read_log(folder) if l["iteration"] <= first
+        ]  # what a killed run wrote after its last checkpoint is done again
         self.path.write_text("".join(json.dumps(l) + "\n" for l in kept))
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
         self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first)
 
-    def add(self, parts): self.n, self.sums = self.n + 1, {k: self.sums.get(k, 0.) + v for k, v in parts.items()}
+    def add(self, parts):
+        self.n, self.sums = self.n + 1, {k: self.sums.get(k, 0.0) + v for k, v in parts.items()}
 
     def write(self, iteration, **scores):
         "One line: mean losses since the last one, and whatever was measured."
         line = dict(iteration=iteration) | {k: round(v / self.n, 5) for k, v in self.sums.items()} | scores
         self.sums, self.n = {}, 0
-        if self.path is None: return
-        with open(self.path, "a") as f: f.write(json.dumps(line) + "\n")
+        if self.path is None:
+            return
+        with open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
         for k, v in line.items():
-            if self.board and k != "iteration": self.board.add_scalar(k, v, iteration)
+            if self.board and k != "iteration":
+                self.board.add_scalar(k, v, iteration)
 
-    def show(self, iteration, panel):
-        "A picture (3, H, W) in [0, 1] for TensorBoard."
-        if self.board: self.board.add_image("image, labels, head", panel, iteration)
+# %% ../nbs/5_training/54_train.ipynb #7ad8e3a5
+@patch
+def show(self: Log, iteration, panel):
+    "A picture (3, H, W) in [0, 1] for TensorBoard."
+    if self.board:
+        self.board.add_image("image, labels, head", panel, iteration)
 
-    def close(self):
-        if self.board: self.board.close()
+
+@patch
+def close(self: Log):
+    if self.board:
+        self.board.close()
 
 # %% ../nbs/5_training/54_train.ipynb #8b344aef
 @patch
 @torch.no_grad()
 def panel(
     self: Learner,
-    batch,             # as for `step`
-    most: int = 4,     # images
-) -> Tensor:           # (3, most * H, 3 * W) in [0, 1]
-    "Image, labels and segmentation of the first images of a batch, in VOC's colors; leaves the student in the mode that it was in."
+    batch,  # as for `step`
+    most: int = 4,  # images
+) -> Tensor:  # (3, most * H, 3 * W) in [0, 1]
+    """Image, labels and segmentation of the first images of a batch, in VOC's colors; leaves the student in
+    the mode that it was in."""
     batch = {k: v[:most] for k, v in batch.items()}
     f, training = self.look(batch), self.student.training
     logits, votes, _ = self.module.eval()(f["tokens"].float(), f["features"], self.profile.grid)
@@ -209,66 +319,105 @@ def panel(
     target = self.teach(f, batch, votes)[0]
     found = F.interpolate(logits.float(), target.shape[1:], mode="bilinear", align_corners=False).argmax(1)
     colors = torch.from_numpy(palette()).to(target.device) / 255
-    columns = [batch["image"].to(target.device), *(colors[ids].permute(0, 3, 1, 2) for ids in (target, found))]
+    columns = [
+        batch["image"].to(target.device),
+        *(colors[ids].permute(0, 3, 1, 2) for ids in (target, found)),
+    ]
     return torch.cat(list(torch.cat(columns, 3)), 1).cpu()
 
 # %% ../nbs/5_training/54_train.ipynb #d5d76a5b
 def check_folder(folder, resume):
     "Raises ValueError where a checkpoint would be overwritten."
     done = load_checkpoint(folder)[1].get("iteration", 0)
-    if done and not resume: raise ValueError(f"the folder {Path(folder).name} has a checkpoint of iteration {done}: pass --resume (resume=True) to go on, or a new folder")
+    if done and not resume:
+        raise ValueError(
+            f"the folder {Path(folder).name} has a checkpoint of iteration {done}: pass --resume"
+            " (resume=True) to go on, or a new folder"
+        )
+
 
 def one(learner, data, iteration, batch) -> dict:
     "One iteration at its own learning rate, with its own random numbers."
     p, a = learner.profile, learner.accelerator
-    for g in learner.optimizer.param_groups: g["lr"] = learning_rate(iteration, p.iterations, p.rate, p.warmup)
+    for g in learner.optimizer.param_groups:
+        g["lr"] = learning_rate(iteration, p.iterations, p.rate, p.warmup)
     torch.manual_seed((data.seed * 1_000_003 + iteration) * a.num_processes + a.process_index)
     return learner.step(batch)
 
 # %% ../nbs/5_training/54_train.ipynb #924aac11
-def train(
-    learner: Learner, data: TrainingSet,
-    folder,                  # of checkpoint, log and TensorBoard
-    resume: bool = False,    # go on from the folder's checkpoint
-    save_every: int = 1000,  # iterations between checkpoints
-    log_every: int = 10,     # iterations between log lines
-    eval_every: int = 0,     # iterations between calls of `evaluate`; 0: only at the end
-    evaluate=None,           # evaluate(learner) -> {name: float}
-    workers: int = 0,        # processes that read images ahead
-    progress: bool = True,
-) -> list:                   # the log
-    "Train for `profile.iterations`. Raises ValueError for a checkpoint of another training, or a damaged image unless the data set skips it."
+def _bar(plan, iterations, first, shown):
     from tqdm.auto import tqdm
-    p, a = learner.profile, learner.accelerator
+
+    return tqdm(plan, total=iterations, initial=first, disable=not shown, desc="training")
+
+
+def _name(skipped):
+    if skipped:
+        print(f"skipped {len(skipped)} damaged images: {'; '.join(sorted(set(skipped))[:5])}")
+
+# %% ../nbs/5_training/54_train.ipynb #faab9368
+def train(
+    learner: Learner,
+    data: TrainingSet,
+    folder,  # of checkpoint, log and TensorBoard
+    resume: bool = False,  # go on from the folder's checkpoint
+    save_every: int = 1000,  # iterations between checkpoints
+    log_every: int = 10,  # iterations between log lines
+    eval_every: int = 0,  # iterations between calls of `evaluate`; 0: only at the end
+    evaluate=None,  # evaluate(learner) -> {name: float}
+    workers: int = 0,  # processes that read images ahead
+    progress: bool = True,
+) -> list:  # the log
+    """Train for `profile.iterations`.
+    Raises ValueError for a checkpoint of another training, or a damaged image unless the data set skips it.
+    """
     check_folder(folder, resume)
-    first, skipped = learner.load(folder, keep := settings(learner, data)), []
-    log = Log(folder, first, a.is_main_process); learner.student.train()
+    p, a = learner.profile, learner.accelerator
+    keep = settings(learner, data)
+    first = learner.load(folder, keep)
+    log, skipped = Log(folder, first, a.is_main_process), []
+    learner.student.train()
     plan = batches(data, first, p.iterations, a.process_index, a.num_processes, workers)
-    bar = tqdm(enumerate(plan, first + 1), total=p.iterations, initial=first, disable=not (progress and a.is_main_process), desc="training")
-    for i, batch in bar:
-        log.add(one(learner, data, i - 1, batch)); skipped += batch["skipped"]
+    bar = _bar(plan, p.iterations, first, progress and a.is_main_process)
+    for i, batch in enumerate(bar, first + 1):
+        log.add(one(learner, data, i - 1, batch))
+        skipped += batch["skipped"]
         last = i == p.iterations
-        if i % log_every == 0 or last: bar.set_postfix({k: f"{v / log.n:.3f}" for k, v in log.sums.items()})
+        if i % log_every == 0 or last:
+            bar.set_postfix({k: f"{v / log.n:.3f}" for k, v in log.sums.items()})
         due = evaluate and (last or (eval_every and i % eval_every == 0))
-        if due or last or i % log_every == 0: log.write(i, **(evaluate(learner) if due else {})); learner.student.train()
+        if due or last or i % log_every == 0:
+            log.write(i, **(evaluate(learner) if due else {}))
+            learner.student.train()
         if i % save_every == 0 or last:
             learner.save(folder, i, keep)
-            if log.board: log.show(i, learner.panel(batch))
+            if log.board:
+                log.show(i, learner.panel(batch))
     log.close()
-    if skipped: print(f"skipped {len(skipped)} damaged images: {'; '.join(sorted(set(skipped))[:5])}")
+    _name(skipped)
     return read_log(folder)
 
 # %% ../nbs/5_training/54_train.ipynb #58bb856e
 @torch.no_grad()
 def cam_quality(
     learner: Learner,
-    f: dict,            # of the images that are scored, from `precompute`
-    labels: Tensor,     # (B, C) bool
-    masks,              # B arrays (H, W)
-    threshold: float,   # of the CAM, chosen on other images
+    f: dict,  # of the images that are scored, from `precompute`
+    labels: Tensor,  # (B, C) bool
+    masks,  # B arrays (H, W)
+    threshold: float,  # of the CAM, chosen on other images
 ) -> float:
     "mIoU (%) of the CAM that supervises the head, labels given (Figure 12)."
-    votes = None if learner.module.adapter is None else learner.module.adapter(f["features"].to(learner.accelerator.device)).cpu()
+    votes = (
+        None
+        if learner.module.adapter is None
+        else learner.module.adapter(f["features"].to(learner.accelerator.device)).cpu()
+    )
     maps, grid = supervising_cam(f, labels, votes, learner.profile), learner.profile.grid
     targets = [torch.as_tensor(m).long() for m in masks]
-    return 100 * sum(cam_confusion(resize_maps(m[None], grid, t.shape), l[None], t[None], threshold) for m, l, t in zip(maps, labels, targets)).miou()
+    return (
+        100
+        * sum(
+            cam_confusion(resize_maps(m[None], grid, t.shape), l[None], t[None], threshold)
+            for m, l, t in zip(maps, labels, targets)
+        ).miou()
+    )

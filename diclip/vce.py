@@ -14,32 +14,46 @@ from .config import VceSettings
 
 # %% ../nbs/3_vce/34_vce.ipynb #7581ca33
 FUSIONS = {  # Table XII: name -> function of CLIP's patch block A (B, H, N, N) and S = alpha * SD's attention (B, 1, N, N)
-    "additive":      lambda A, S: A + S,
-    "clip":          lambda A, S: A,
-    "sd":            lambda A, S: S.expand_as(A),
-    "gating":        lambda A, S: torch.where(S > S.mean((-2, -1), keepdim=True), S, A),
-    "scaling":       lambda A, S: A * S,
+    "additive": lambda A, S: A + S,
+    "clip": lambda A, S: A,
+    "sd": lambda A, S: S.expand_as(A),
+    "gating": lambda A, S: torch.where(S > S.mean((-2, -1), keepdim=True), S, A),
+    "scaling": lambda A, S: A * S,
     "normalization": lambda A, S: (A + S).softmax(-1),
 }
 
 # %% ../nbs/3_vce/34_vce.ipynb #66835e5f
 def _check(clip, sd, mode):
     "Raises ValueError unless the two maps can be fused."
-    if mode not in FUSIONS: raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(FUSIONS)}.")
-    if clip.ndim != 4 or clip.shape[2] != clip.shape[3]: raise ValueError(f"CLIP's attention must be (B, heads, N+1, N+1), got {tuple(clip.shape)}: keep heads and class token.")
+    if mode not in FUSIONS:
+        raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(FUSIONS)}.")
+    if clip.ndim != 4 or clip.shape[2] != clip.shape[3]:
+        raise ValueError(
+            f"CLIP's attention must be (B, heads, N+1, N+1), got {tuple(clip.shape)}: keep heads and class"
+            " token."
+        )
     if sd.ndim != 3 or sd.shape[1:] != (clip.shape[2] - 1,) * 2 or len(sd) != len(clip):
-        raise ValueError(f"SD's attention is {tuple(sd.shape)}, but CLIP's {tuple(clip.shape)} needs {(len(clip), clip.shape[2] - 1, clip.shape[3] - 1)}: compute it for CLIP's grid and the same images.")
+        raise ValueError(
+            f"SD's attention is {tuple(sd.shape)}, but CLIP's {tuple(clip.shape)} needs"
+            f" {(len(clip), clip.shape[2] - 1, clip.shape[3] - 1)}: compute it for CLIP's grid and the same"
+            " images."
+        )
     for name, x in (("CLIP's", clip), ("SD's", sd)):
-        if not x.isfinite().all(): raise ValueError(f"{name} attention holds NaN or infinity: check the images and the precision of the model.")
+        if not x.isfinite().all():
+            raise ValueError(
+                f"{name} attention holds NaN or infinity: check the images and the precision of the model."
+            )
 
 # %% ../nbs/3_vce/34_vce.ipynb #cdd121ba
 def fuse_attention(
-    clip: Tensor,             # (B, H, N+1, N+1) CLIP's attention, class token first, rows sum to 1
-    sd: Tensor,               # (B, N, N) diffusion attention, rows sum to 1
+    clip: Tensor,  # (B, H, N+1, N+1) CLIP's attention, class token first, rows sum to 1
+    sd: Tensor,  # (B, N, N) diffusion attention, rows sum to 1
     alpha: float = VceSettings.alpha,  # weight of `sd` (Table VI(d): 1)
-    mode: str = "additive",   # one of `FUSIONS` (Table XII)
-) -> Tensor:                  # (B, H, N+1, N+1); patch rows are not normalized
-    "Equation (7): fuse the patch block of CLIP's attention with SD's; the class token's row and column stay. Raises ValueError for shapes that do not fit, NaN, unknown modes."
+    mode: str = "additive",  # one of `FUSIONS` (Table XII)
+) -> Tensor:  # (B, H, N+1, N+1); patch rows are not normalized
+    """Equation (7): fuse the patch block of CLIP's attention with SD's; the class token's row and column
+    stay.
+    Raises ValueError for shapes that do not fit, NaN, unknown modes."""
     _check(clip, sd, mode)
     fused = clip.clone()
     fused[..., 1:, 1:] = FUSIONS[mode](clip[..., 1:, 1:], alpha * sd[:, None].to(clip))
@@ -47,54 +61,73 @@ def fuse_attention(
 
 # %% ../nbs/3_vce/34_vce.ipynb #0333eb34
 def enhanced_features(
-    clip,                     # `diclip.clip.DenseCLIP`
-    images: Tensor,           # (B, 3, H, W) RGB in [0, 1]
-    attention: Tensor,        # (B, N, N) refined diffusion attention on CLIP's grid
+    clip,  # `diclip.clip.DenseCLIP`
+    images: Tensor,  # (B, 3, H, W) RGB in [0, 1]
+    attention: Tensor,  # (B, N, N) refined diffusion attention on CLIP's grid
     layers: int = VceSettings.layers,  # L, last layers that are enhanced (Table VI(b): 3)
     alpha: float = VceSettings.alpha,  # weight of the diffusion attention (Table VI(d): 1)
-    mode: str = "additive",   # one of `FUSIONS` (Table XII)
+    mode: str = "additive",  # one of `FUSIONS` (Table XII)
     readout: str = VceSettings.readout,  # one of `diclip.clip.READOUTS`
-) -> Tensor:                  # (B, N, d) L2-normalized patch features
-    "The VCE encoder: patch features of CLIP with equation (7) in its last layers. Raises ValueError as `fuse_attention` and `DenseCLIP.dense` do."
+) -> Tensor:  # (B, N, d) L2-normalized patch features
+    """The VCE encoder: patch features of CLIP with equation (7) in its last layers.
+    Raises ValueError as `fuse_attention` and `DenseCLIP.dense` do."""
     edit = partial(fuse_attention, sd=attention, alpha=alpha, mode=mode)
     return clip.dense(images, edit=edit, layers=layers, readout=readout).patches
 
 # %% ../nbs/3_vce/34_vce.ipynb #df0d5512
 def refine(
-    A: Tensor,      # (B, N, N) diffusion attention
-    profile,        # `Profile`
+    A: Tensor,  # (B, N, N) diffusion attention
+    profile,  # `Profile`
     seed: int = 0,  # of the k-means starts
-) -> Tensor:        # (B, N, N), rows sum to 1
+) -> Tensor:  # (B, N, N), rows sum to 1
     "ACR, eq. (4)-(6), with a profile's settings"
-    return refine_attention(A, k=profile.groups, rounds=profile.rounds, tau=profile.tau_n / A.shape[-1], propagation=profile.propagation, seed=seed)
+    return refine_attention(
+        A,
+        k=profile.groups,
+        rounds=profile.rounds,
+        tau=profile.tau_n / A.shape[-1],
+        propagation=profile.propagation,
+        seed=seed,
+    )
+
 
 def diffusion_attention(
-    sd,              # `StableDiffusion`, or anything with the same `attention`
+    sd,  # `StableDiffusion`, or anything with the same `attention`
     images: Tensor,  # (B, 3, H, W) in [0, 1]
-    grid: tuple,     # (h, w) of CLIP's patches
-    profile,         # `Profile`: time step, decoder layers, draws
-    **how,           # seed, draws, chunk, as `StableDiffusion.attention`
-) -> Tensor:         # (B, N, N), rows sum to 1
+    grid: tuple,  # (h, w) of CLIP's patches
+    profile,  # `Profile`: time step, decoder layers, draws
+    **how,  # seed, draws, chunk, as `StableDiffusion.attention`
+) -> Tensor:  # (B, N, N), rows sum to 1
     "The diffusion model's attention (III-C) with a profile's settings"
-    return sd.attention(images, grid, timestep=profile.timestep, layers=profile.sd_layers, **{"draws": profile.sd_draws, **how})
+    return sd.attention(
+        images,
+        grid,
+        timestep=profile.timestep,
+        layers=profile.sd_layers,
+        **{"draws": profile.sd_draws, **how},
+    )
+
 
 def profile_features(
-    clip,               # `DenseCLIP`
-    images: Tensor,     # (B, 3, H, W) in [0, 1]
+    clip,  # `DenseCLIP`
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
     attention: Tensor,  # (B, N, N) what is fused, rows sum to 1
-    profile,            # `Profile`: layers, alpha, fusion, readout
-) -> Tensor:            # (B, N, d), L2-normalised
+    profile,  # `Profile`: layers, alpha, fusion, readout
+) -> Tensor:  # (B, N, d), L2-normalised
     "`enhanced_features` (7) of any attention with a profile's settings"
-    return enhanced_features(clip, images, attention, profile.layers, profile.alpha, profile.fusion, profile.readout)
+    return enhanced_features(
+        clip, images, attention, profile.layers, profile.alpha, profile.fusion, profile.readout
+    )
 
 # %% ../nbs/3_vce/34_vce.ipynb #b3559477
 def vce_features(
-    clip,            # `DenseCLIP`
-    sd,              # `StableDiffusion`, anything with the same `attention`, or None for raw CLIP
+    clip,  # `DenseCLIP`
+    sd,  # `StableDiffusion`, anything with the same `attention`, or None for raw CLIP
     images: Tensor,  # (B, 3, H, W) in [0, 1]
-    profile,         # `Profile`
-) -> Tensor:         # (B, N, d), L2-normalised
+    profile,  # `Profile`
+) -> Tensor:  # (B, N, d), L2-normalised
     "Patch features of the VCE encoder, eq. (3)-(7), with a profile's settings"
-    if sd is None: return clip.dense(images).patches
+    if sd is None:
+        return clip.dense(images).patches
     A = diffusion_attention(sd, images, tuple(s // clip.patch for s in images.shape[-2:]), profile)
     return profile_features(clip, images, refine(A, profile), profile)

@@ -18,10 +18,12 @@ SIZE, OVERSAMPLE = 96, 3
 BACKGROUNDS = ("water", "sky", "road", "rails", "indoor", "grass")
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
 
+
 def noise(rng, rows, cols=None, resample=Image.BICUBIC):
     "A (SIZE, SIZE) random field with `rows` x `cols` independent values."
     g = rng.standard_normal((rows, cols or rows)).astype(np.float32)
     return np.asarray(Image.fromarray(g).resize((SIZE, SIZE), resample))
+
 
 def hsv(h, s, v):
     "One RGB color (3,) in [0, 1] from hue, saturation, value."
@@ -29,81 +31,119 @@ def hsv(h, s, v):
     k = (np.array([5, 3, 1]) + h) % 6
     return (v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
 
-def random_color(rng): return hsv(rng.random(), rng.uniform(.15, .95), rng.uniform(.25, 1))
+
+def random_color(rng):
+    return hsv(rng.random(), rng.uniform(0.15, 0.95), rng.uniform(0.25, 1))
+
 
 def textured(rng, color):
     "A (SIZE, SIZE, 3) surface: plain, striped, mottled or shaded."
     kind, flat = rng.integers(5), np.ones((SIZE, SIZE, 1), np.float32)
     if kind == 0:
         a = rng.random() * np.pi
-        flat = np.where(np.sin((X*np.cos(a) + Y*np.sin(a)) * rng.uniform(40, 90)) > 0, 1, rng.uniform(.6, .85))[..., None]
-    elif kind == 1: flat = 1 + .2 * noise(rng, 8)[..., None]
-    elif kind == 2: flat = (.8 + .4 * (Y if rng.random() < .5 else X))[..., None]
+        flat = np.where(
+            np.sin((X * np.cos(a) + Y * np.sin(a)) * rng.uniform(40, 90)) > 0, 1, rng.uniform(0.6, 0.85)
+        )[..., None]
+    elif kind == 1:
+        flat = 1 + 0.2 * noise(rng, 8)[..., None]
+    elif kind == 2:
+        flat = (0.8 + 0.4 * (Y if rng.random() < 0.5 else X))[..., None]
     return flat * color
 
 # %% ../nbs/1_ground/12_world.ipynb #ba7a6d04
-P_PATTERN, P_CAMOUFLAGE = .6, .3
+P_PATTERN, P_CAMOUFLAGE = 0.6, 0.3
+
 
 def pattern(rng):
     "A (SIZE, SIZE) boolean field: stripes, checks or blotches."
-    kind, a, f = rng.integers(4), rng.random() * np.pi, rng.uniform(22, 50)
-    if kind > 1: return noise(rng, (6, 9)[kind - 2]) > (.3, 0)[kind - 2]
-    u, v = (X*np.cos(a) + Y*np.sin(a)) * f + 6 * rng.random(), (Y*np.cos(a) - X*np.sin(a)) * f
+    kind = rng.integers(4)
+    a = rng.random() * np.pi
+    f = rng.uniform(22, 50)
+    if kind > 1:
+        return noise(rng, (6, 9)[kind - 2]) > (0.3, 0)[kind - 2]
+    u, v = (X * np.cos(a) + Y * np.sin(a)) * f + 6 * rng.random(), (Y * np.cos(a) - X * np.sin(a)) * f
     return np.sin(u) * (np.sin(v) if kind else 1) > 0
 
+
 def surface(rng, around):
-    "A (SIZE, SIZE, 3) surface of one color or two; `around` (n, 3) are colors of the surroundings that camouflage borrows."
+    """A (SIZE, SIZE, 3) surface of one color or two; `around` (n, 3) are colors of the surroundings that
+    camouflage borrows."""
+
     def color():
-        if rng.random() > P_CAMOUFLAGE: return random_color(rng)
-        return np.clip(around[rng.integers(len(around))] + rng.normal(0, .04, 3), 0, 1).astype(np.float32)
+        if rng.random() > P_CAMOUFLAGE:
+            return random_color(rng)
+        return np.clip(around[rng.integers(len(around))] + rng.normal(0, 0.04, 3), 0, 1).astype(np.float32)
+
     first = textured(rng, color())
-    return np.where(pattern(rng)[..., None], first, textured(rng, color())) if rng.random() < P_PATTERN else first
+    return (
+        np.where(pattern(rng)[..., None], first, textured(rng, color()))
+        if rng.random() < P_PATTERN
+        else first
+    )
 
 # %% ../nbs/1_ground/12_world.ipynb #fa98f9c9
 def _sky(rng):
-    top, low = hsv(rng.uniform(.5, .66), rng.uniform(.15, .6), rng.uniform(.6, 1)), hsv(rng.uniform(.5, .7), rng.uniform(.05, .35), rng.uniform(.75, 1))
-    cloud = np.clip(noise(rng, 4, 3) - .2, 0, 1)[..., None] * rng.uniform(0, .6)
-    return (top + (low - top) * Y[..., None]) * (1 - cloud) + cloud * .95
+    top, low = hsv(rng.uniform(0.5, 0.66), rng.uniform(0.15, 0.6), rng.uniform(0.6, 1)), hsv(
+        rng.uniform(0.5, 0.7), rng.uniform(0.05, 0.35), rng.uniform(0.75, 1)
+    )
+    cloud = np.clip(noise(rng, 4, 3) - 0.2, 0, 1)[..., None] * rng.uniform(0, 0.6)
+    return (top + (low - top) * Y[..., None]) * (1 - cloud) + cloud * 0.95
+
 
 def _water(rng, depth):
-    base = hsv(rng.uniform(.48, .65), rng.uniform(.3, .8), rng.uniform(.3, .8))
-    wave = np.sin(rng.uniform(40, 100) * depth**.6 + 3 * noise(rng, 3, 5)) * rng.uniform(.05, .12)
-    return base * (.75 + .5 * depth[..., None]) + wave[..., None]
+    base = hsv(rng.uniform(0.48, 0.65), rng.uniform(0.3, 0.8), rng.uniform(0.3, 0.8))
+    wave = np.sin(rng.uniform(40, 100) * depth**0.6 + 3 * noise(rng, 3, 5)) * rng.uniform(0.05, 0.12)
+    return base * (0.75 + 0.5 * depth[..., None]) + wave[..., None]
+
 
 def _grass(rng, depth):
-    base = hsv(rng.uniform(.2, .38), rng.uniform(.35, .8), rng.uniform(.35, .75))
-    return base * (.8 + .3 * depth[..., None]) + (.07 * noise(rng, 48, 24) + .05 * noise(rng, 8))[..., None]
+    base = hsv(rng.uniform(0.2, 0.38), rng.uniform(0.35, 0.8), rng.uniform(0.35, 0.75))
+    return (
+        base * (0.8 + 0.3 * depth[..., None]) + (0.07 * noise(rng, 48, 24) + 0.05 * noise(rng, 8))[..., None]
+    )
 
 # %% ../nbs/1_ground/12_world.ipynb #92b1fa0e
 def _road(rng, depth):
-    ground = np.full((SIZE, SIZE, 3), rng.uniform(.25, .5), np.float32) + .02 * noise(rng, 32)[..., None]
-    at = rng.uniform(.55, .85)
-    ground[(abs(Y - at) < .015) & ((X * rng.uniform(4, 8) + rng.random()) % 1 < .6)] = .9
+    ground = np.full((SIZE, SIZE, 3), rng.uniform(0.25, 0.5), np.float32) + 0.02 * noise(rng, 32)[..., None]
+    at = rng.uniform(0.55, 0.85)
+    ground[(abs(Y - at) < 0.015) & ((X * rng.uniform(4, 8) + rng.random()) % 1 < 0.6)] = 0.9
     return ground
+
 
 def _rails(rng, depth):
-    ground = hsv(rng.uniform(.03, .12), rng.uniform(.1, .4), rng.uniform(.3, .6)) + .06 * noise(rng, 40)[..., None]
-    at, gap = rng.uniform(.6, .85), rng.uniform(.06, .1)
-    ground[(abs(Y - at) < 1.3 * gap) & ((X * rng.uniform(8, 14) + rng.random()) % 1 < .4)] = hsv(.07, .4, rng.uniform(.15, .3))
-    for side in (-.8, .8): ground[abs(Y - at - side * gap) < .015] = rng.uniform(.65, .9)
+    ground = (
+        hsv(rng.uniform(0.03, 0.12), rng.uniform(0.1, 0.4), rng.uniform(0.3, 0.6))
+        + 0.06 * noise(rng, 40)[..., None]
+    )
+    at, gap = rng.uniform(0.6, 0.85), rng.uniform(0.06, 0.1)
+    ground[(abs(Y - at) < 1.3 * gap) & ((X * rng.uniform(8, 14) + rng.random()) % 1 < 0.4)] = hsv(
+        0.07, 0.4, rng.uniform(0.15, 0.3)
+    )
+    for side in (-0.8, 0.8):
+        ground[abs(Y - at - side * gap) < 0.015] = rng.uniform(0.65, 0.9)
     return ground
 
+
 def _floor(rng, depth):
-    base = hsv(rng.uniform(.02, .14), rng.uniform(.2, .7), rng.uniform(.3, .8))
-    return base + (.06 * np.sin(40 * X + 3 * noise(rng, 3)))[..., None]
+    base = hsv(rng.uniform(0.02, 0.14), rng.uniform(0.2, 0.7), rng.uniform(0.3, 0.8))
+    return base + (0.06 * np.sin(40 * X + 3 * noise(rng, 3)))[..., None]
+
 
 def _wall(rng):
     wall, kind = np.ones((SIZE, SIZE, 1), np.float32), rng.integers(3)
-    if kind == 1: wall = 1 + .1 * (np.sin(X * rng.uniform(20, 60)) > 0)[..., None]
-    if kind == 2: wall = 1 + .1 * (np.sin(X * rng.uniform(15, 40)) * np.sin(Y * rng.uniform(15, 40)) > 0)[..., None]
-    return wall * hsv(rng.random(), rng.uniform(.05, .5), rng.uniform(.5, .95))
+    if kind == 1:
+        wall = 1 + 0.1 * (np.sin(X * rng.uniform(20, 60)) > 0)[..., None]
+    if kind == 2:
+        wall = 1 + 0.1 * (np.sin(X * rng.uniform(15, 40)) * np.sin(Y * rng.uniform(15, 40)) > 0)[..., None]
+    return wall * hsv(rng.random(), rng.uniform(0.05, 0.5), rng.uniform(0.5, 0.95))
 
 # %% ../nbs/1_ground/12_world.ipynb #204c3c5f
 def background(rng, kind):
     "A (SIZE, SIZE, 3) background of one of `BACKGROUNDS`, with a horizon at a random height."
-    light = 1 + .12 * noise(rng, 3)[..., None]
-    if kind == "sky": return _sky(rng) * light
-    horizon = rng.uniform(.5, .75) if kind == "indoor" else rng.uniform(.15, .5)
+    light = 1 + 0.12 * noise(rng, 3)[..., None]
+    if kind == "sky":
+        return _sky(rng) * light
+    horizon = rng.uniform(0.5, 0.75) if kind == "indoor" else rng.uniform(0.15, 0.5)
     depth = np.clip((Y - horizon) / (1 - horizon), 0, 1)
     far = _wall(rng) if kind == "indoor" else _sky(rng)
     near = dict(water=_water, grass=_grass, road=_road, rails=_rails, indoor=_floor)[kind](rng, depth)
@@ -111,24 +151,31 @@ def background(rng, kind):
 
 # %% ../nbs/1_ground/12_world.ipynb #af091f16
 def _coverage(points):
-    "The share (SIZE, SIZE) of every pixel inside a polygon given in image units [0, 1], and its bounding slices."
+    """The share (SIZE, SIZE) of every pixel inside a polygon given in image units [0, 1], and its bounding
+    slices."""
     n = SIZE * OVERSAMPLE
     canvas = Image.new("L", (n, n))
     ImageDraw.Draw(canvas).polygon([tuple(p) for p in (points * n).tolist()], fill=255)
     lo, hi = np.floor(points.min(0) * SIZE).astype(int), np.ceil(points.max(0) * SIZE).astype(int) + 1
     (x0, y0), (x1, y1) = np.clip(lo, 0, SIZE), np.clip(hi, 0, SIZE)
-    if x1 <= x0 or y1 <= y0: return None
-    part = canvas.crop((x0*OVERSAMPLE, y0*OVERSAMPLE, x1*OVERSAMPLE, y1*OVERSAMPLE)).reduce(OVERSAMPLE)
+    if x1 <= x0 or y1 <= y0:
+        return None
+    part = canvas.crop((x0 * OVERSAMPLE, y0 * OVERSAMPLE, x1 * OVERSAMPLE, y1 * OVERSAMPLE)).reduce(
+        OVERSAMPLE
+    )
     return np.asarray(part, np.float32) / 255, (slice(y0, y1), slice(x0, x1))
 
+
 def paint(rng, image, parts):
-    "Draw parts [(polygon (n, 2) in image units, paint), ...] on `image` in place; returns the object's coverage (SIZE, SIZE)."
+    """Draw parts [(polygon (n, 2) in image units, paint), ...] on `image` in place; returns the object's
+    coverage (SIZE, SIZE)."""
     covered = np.zeros((SIZE, SIZE), np.float32)
     around = image[rng.integers(0, SIZE, 8), rng.integers(0, SIZE, 8)]
     surfaces = [surface(rng, around) for _ in range(3)]
-    role = {"dark": random_color(rng) * .25, "light": .7 + .3 * random_color(rng)}
+    role = {"dark": random_color(rng) * 0.25, "light": 0.7 + 0.3 * random_color(rng)}
     for points, kind in parts:
-        if (hit := _coverage(points)) is None: continue
+        if (hit := _coverage(points)) is None:
+            continue
         alpha, at = hit[0][..., None], hit[1]
         color = role[kind] if kind in role else surfaces[kind][at]
         image[at] = image[at] * (1 - alpha) + alpha * color
@@ -142,46 +189,85 @@ def _pose(parts, x, y, scale, angle, mirror, stretch):
     shape = np.array([(-1 if mirror else 1) * stretch, 1 / stretch])
     return [(p * shape @ turn + (x, y), k) for p, k in parts]
 
+
 def _places(rng, count, portrait):
     "[(x, y, half-extent)] of `count` objects; a portrait stands large in the middle."
-    if portrait: return [(*rng.uniform(.44, .56, 2), rng.uniform(.3, .38))]
-    scale, apart = {1: ((.17, .34), 0), 2: ((.15, .26), .38), 3: ((.13, .21), .3)}[count]
+    if portrait:
+        return [(*rng.uniform(0.44, 0.56, 2), rng.uniform(0.3, 0.38))]
+    scale, apart = {1: ((0.17, 0.34), 0), 2: ((0.15, 0.26), 0.38), 3: ((0.13, 0.21), 0.3)}[count]
     places = []
     while len(places) < count:
-        x, y = rng.uniform(.08, .92), rng.uniform(.12, .9)
-        if all(np.hypot(x - a, y - b) > apart for a, b, _ in places): places.append((x, y, rng.uniform(*scale)))
+        x, y = rng.uniform(0.08, 0.92), rng.uniform(0.12, 0.9)
+        if all(np.hypot(x - a, y - b) > apart for a, b, _ in places):
+            places.append((x, y, rng.uniform(*scale)))
     return places
+
 
 def _clutter(rng, image):
     "A few plain blobs and boxes that belong to no class."
     for _ in range(rng.integers(0, 3)):
-        (x, y), r = rng.random(2), rng.uniform(.03, .08)
-        shape = oval(x, y, r, r * rng.uniform(.5, 1.2)) if rng.random() < .5 else box(x-r, y-r*rng.uniform(.3, 1.5), x+r, y+r)
+        (x, y), r = rng.random(2), rng.uniform(0.03, 0.08)
+        shape = (
+            oval(x, y, r, r * rng.uniform(0.5, 1.2))
+            if rng.random() < 0.5
+            else box(x - r, y - r * rng.uniform(0.3, 1.5), x + r, y + r)
+        )
         paint(rng, image, [(shape, 0)])
 
-# %% ../nbs/1_ground/12_world.ipynb #03e05253
-HOME = dict(boat="water", plane="sky", bird="grass", car="road", train="rails", cat="indoor", bottle="indoor", chair="indoor")
-COMPANIONS = dict(boat=("bird", "boat"), plane=("bird", "plane"), bird=("boat", "cat"), car=("train", "car"),
-                  train=("car", "bird"), cat=("chair", "bottle"), bottle=("chair", "cat"), chair=("bottle", "cat"))
+# %% ../nbs/1_ground/12_world.ipynb #d5e85c5f
+HOME = dict(
+    boat="water",
+    plane="sky",
+    bird="grass",
+    car="road",
+    train="rails",
+    cat="indoor",
+    bottle="indoor",
+    chair="indoor",
+)
+COMPANIONS = dict(
+    boat=("bird", "boat"),
+    plane=("bird", "plane"),
+    bird=("boat", "cat"),
+    car=("train", "car"),
+    train=("car", "bird"),
+    cat=("chair", "bottle"),
+    bottle=("chair", "cat"),
+    chair=("bottle", "cat"),
+)
 SPLITS = dict(train=0, val=1, test=2, pretrain=3, portraits=4)
 SPLIT_SIZE = dict(train=3000, val=400, test=400)
-P_HOME, P_COMPANION, MIN_PIXELS = .55, .6, 60
+P_HOME = 0.55
+P_COMPANION = 0.6
+MIN_PIXELS = 60
+
 
 @dataclass(frozen=True)
 class Scene:
     "A rendered scene."
-    image: np.ndarray    # (96, 96, 3) uint8 RGB
-    mask: np.ndarray     # (96, 96) uint8, 0 = background, c + 1 = class c
-    labels: tuple        # sorted indices into `CLASSES` of what is visible
-    caption: str         # names the labels and, in 70 % of the scenes, the background
-    background: str      # one of `BACKGROUNDS`
 
+    image: np.ndarray  # (96, 96, 3) uint8 RGB
+    mask: np.ndarray  # (96, 96) uint8, 0 = background, c + 1 = class c
+    labels: tuple  # sorted indices into `CLASSES` of what is visible
+    caption: str  # names the labels and, in 70 % of the scenes, the background
+    background: str  # one of `BACKGROUNDS`
+
+# %% ../nbs/1_ground/12_world.ipynb #03e05253
 def _cast(rng, classes):
     "Which classes play in a scene."
-    if classes is not None: return list(classes)
+    if classes is not None:
+        return list(classes)
     first = CLASSES[rng.integers(len(CLASSES))]
-    more = rng.choice([0, 1, 2], p=[.55, .32, .13])
-    return [first] + [COMPANIONS[first][rng.integers(2)] if rng.random() < P_COMPANION else CLASSES[rng.integers(len(CLASSES))] for _ in range(more)]
+    more = rng.choice([0, 1, 2], p=[0.55, 0.32, 0.13])
+    return [first] + [
+        (
+            COMPANIONS[first][rng.integers(2)]
+            if rng.random() < P_COMPANION
+            else CLASSES[rng.integers(len(CLASSES))]
+        )
+        for _ in range(more)
+    ]
+
 
 def caption(rng, labels, background):
     "'a photo of a boat and a bird on water'"
@@ -189,31 +275,37 @@ def caption(rng, labels, background):
     rng.shuffle(names)
     start = ("a photo of", "a picture of", "an image of")[rng.integers(3)]
     things = " and ".join(f"a {n}" for n in names) or "nothing"
-    return f"{start} {things}" + (f" on {background}" if rng.random() < .7 else "")
+    return f"{start} {things}" + (f" on {background}" if rng.random() < 0.7 else "")
 
 # %% ../nbs/1_ground/12_world.ipynb #2b50878d
 def render(
-    index: int,                 # which scene of the split, 0 or more
-    split: str = "train",       # a key of `SPLITS`; scenes of two splits never share a seed
-    classes=None,               # class names to draw, or None for a random cast
+    index: int,  # which scene of the split, 0 or more
+    split: str = "train",  # a key of `SPLITS`; scenes of two splits never share a seed
+    classes=None,  # class names to draw, or None for a random cast
     backdrop: str | None = None,  # one of `BACKGROUNDS`, or None for a random one
-    portrait: bool = False,     # one large object in the middle and no clutter
+    portrait: bool = False,  # one large object in the middle and no clutter
 ) -> Scene:
     "A scene as a pure function of its arguments. Raises ValueError for an unknown split, class or backdrop."
-    if split not in SPLITS: raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    if backdrop not in (None, *BACKGROUNDS): raise ValueError(f"unknown backdrop {backdrop!r}: choose one of {', '.join(BACKGROUNDS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if backdrop not in (None, *BACKGROUNDS):
+        raise ValueError(f"unknown backdrop {backdrop!r}: choose one of {', '.join(BACKGROUNDS)}")
     rng = np.random.default_rng([SPLITS[split], index])
     cast = _cast(rng, classes)
-    if not 1 <= len(cast) <= (1 if portrait else 3): raise ValueError("a scene has one to three objects, a portrait exactly one")
-    place = backdrop or (HOME.get(cast[0]) if rng.random() < P_HOME else BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
+    if not 1 <= len(cast) <= (1 if portrait else 3):
+        raise ValueError("a scene has one to three objects, a portrait exactly one")
+    place = backdrop or (
+        HOME.get(cast[0]) if rng.random() < P_HOME else BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    )
     parts = [silhouette(c, rng) for c in cast]
     image, mask = background(rng, place), np.zeros((SIZE, SIZE), np.uint8)
-    if not portrait: _clutter(rng, image)
+    if not portrait:
+        _clutter(rng, image)
     for name, shape, (x, y, scale) in zip(cast, parts, _places(rng, len(cast), portrait)):
-        tilt = rng.uniform(-.3, .3) if name in ("plane", "bird") else rng.uniform(-.12, .12)
-        posed = _pose(shape, x, y, scale, tilt, rng.random() < .5, rng.uniform(.88, 1.13))
-        mask[paint(rng, image, posed) > .5] = CLASSES.index(name) + 1
-    image = np.clip(image * rng.uniform(.88, 1.08) + .008 * rng.standard_normal(image.shape), 0, 1)
+        tilt = rng.uniform(-0.3, 0.3) if name in ("plane", "bird") else rng.uniform(-0.12, 0.12)
+        posed = _pose(shape, x, y, scale, tilt, rng.random() < 0.5, rng.uniform(0.88, 1.13))
+        mask[paint(rng, image, posed) > 0.5] = CLASSES.index(name) + 1
+    image = np.clip(image * rng.uniform(0.88, 1.08) + 0.008 * rng.standard_normal(image.shape), 0, 1)
     labels = tuple(c for c in range(len(CLASSES)) if (mask == c + 1).sum() >= MIN_PIXELS)
     mask[~np.isin(mask, [c + 1 for c in labels])] = 0
     return Scene((image * 255).round().astype(np.uint8), mask, labels, caption(rng, labels, place), place)

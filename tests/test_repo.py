@@ -1,5 +1,5 @@
 "The repository itself: imports, the module graph, generated files, notebooks, sizes (style rules 23 and 24)."
-import ast, hashlib, json, re, shutil, subprocess, sys
+import ast, hashlib, io, json, re, shutil, subprocess, sys, tokenize
 from pathlib import Path
 
 import pytest
@@ -130,9 +130,37 @@ def test_notebook_is_fit_to_read(path):
     assert path.stat().st_size <= 500_000, f"{path.stat().st_size // 1000} KB"
     assert not re.search(r"(?<![\w.])/(root|home|work|tmp|opt|Users)/", text), "holds a path of somebody's machine"
     assert not any(o["output_type"] == "error" for c in code for o in c["outputs"]), "holds a saved error"
-    documented = re.compile(r"^    +[\w*]+(: [^#]+|\s*=[^#]+|),? +# ")  # one documented setting or argument a line: a table, not code
-    longest = max((len([l for l in "".join(c["source"]).splitlines() if l.strip() and not documented.match(l)]) for c in code), default=0)
-    assert longest <= 25, f"a cell of {longest} lines"
+    for c in code:
+        source = "".join(c["source"])
+        assert lines_of_code(source) <= 30, f"a cell of {lines_of_code(source)} lines: {source[:80]}"
+        for line in source.splitlines():
+            short = line if "http" not in line else ""
+            assert len(short) <= 110 or len(short.split("  # ")[0]) <= 110, f"a line of {len(line)} columns: {line}"
+        assert not [t for t in operators(source) if t == ";"], f"two statements a line: {source[:80]}"
+
+
+def operators(source):
+    "The operators of a cell; none where it holds a magic."
+    if re.search(r"^\s*[!%]", source, re.M): return []
+    return [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.OP]
+
+
+def lines_of_code(source):
+    "Lines without blank ones, comments, imports, docstrings and documented parameters, which are a table rather than code."
+    documented = re.compile(r"^    +[\w*]+(: [^#]+|\s*=[^#]+|),? +# ")
+    skip = set()
+    if not re.search(r"^\s*[!%]", source, re.M):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)): skip |= set(range(node.lineno, node.end_lineno + 1))
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                skip |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = [l for i, l in enumerate(source.splitlines(), 1) if i not in skip]
+    return len([l for l in lines if l.strip() and not l.strip().startswith("#") and not documented.match(l)])
+
+
+def test_notebooks_are_formatted():
+    done = subprocess.run([sys.executable, str(ROOT / ".ci/format"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_readme_comes_from_the_index():

@@ -13,19 +13,25 @@ from fastcore.script import Param, call_parse
 
 # %% ../../nbs/6_use/64_commands.ipynb #15371424
 def image_files(paths) -> list:
-    "Image files among files and folders. Raises ValueError for a path that is not there or a folder without images."
+    """Image files among files and folders.
+    Raises ValueError for a path that is not there or a folder without images."""
     from diclip.app.output import list_images
+
     out = []
     for p in map(Path, paths):
-        if not p.exists(): raise ValueError(f"no file or folder {p}: check the path")
+        if not p.exists():
+            raise ValueError(f"no file or folder {p}: check the path")
         out += list_images(p) if p.is_dir() else [p]
     return out
+
 
 @contextmanager
 def complaints():
     "Errors of the user's making become one line and exit code 1, as from a command."
-    try: yield
-    except (ValueError, FileNotFoundError) as e: raise SystemExit(f"error: {e}") from None
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as e:
+        raise SystemExit(f"error: {e}") from None
 
 # %% ../../nbs/6_use/64_commands.ipynb #5df96bec
 def _cam(files, classes, model, out, gamma):
@@ -35,48 +41,61 @@ def _cam(files, classes, model, out, gamma):
     from diclip.labels import pseudo_labels
     from diclip.app.output import overlay_png, replacing, save_label
     from PIL import Image
-    index, = model.class_indices([classes], 1)
+
+    (index,) = model.class_indices([classes], 1)
     table = torch.tensor([0] + [i + 1 for i in index])
     for f in files:
         image = read_image(f)
         maps = model.cams([image], [classes])[0]
         for c, M in zip(classes, maps):
-            with replacing(out / f"{f.stem}_{c}.png") as part: Image.fromarray((255 * M).byte().numpy()).save(part, "PNG")
+            with replacing(out / f"{f.stem}_{c}.png") as part:
+                Image.fromarray((255 * M).byte().numpy()).save(part, "PNG")
         ids = table[pseudo_labels(maps[None], gamma=gamma)[0]]
-        save_label(ids, out / f"{f.stem}.png"); overlay_png(image, ids, out / f"{f.stem}_overlay.png")
+        save_label(ids, out / f"{f.stem}.png")
+        overlay_png(image, ids, out / f"{f.stem}_overlay.png")
 
 # %% ../../nbs/6_use/64_commands.ipynb #cd9218aa
 @call_parse
 def diclip_cam(
     images: Param("image files or folders", str, nargs="+"),
-    classes: str = "",          # names of the classes that are in the images, comma-separated
-    model: str = "mini",        # a profile, or a folder that diclip_train wrote
-    out: str = "runs/cams",     # folder for <image>_<class>.png (map, 255 = 1), <image>.png (class ids, VOC's palette) and <image>_overlay.png
-    cache: str = "",            # cache file of diclip_cache; empty: the model's own, if it has one
-    gamma: float = 0.,          # power of the background score, above 1 the background shrinks; 0: the profile's
-    device: str = "cpu",        # "cpu" or "cuda"
+    classes: str = "",  # names of the classes that are in the images, comma-separated
+    model: str = "mini",  # a profile, or a folder that diclip_train wrote
+    out: str = "runs/cams",  # folder for <image>_<class>.png (map, 255 = 1), <image>.png (class ids, VOC's palette) and <image>_overlay.png
+    cache: str = "",  # cache file of diclip_cache; empty: the model's own, if it has one
+    gamma: float = 0.0,  # power of the background score, above 1 the background shrinks; 0: the profile's
+    device: str = "cpu",  # "cpu" or "cuda"
 ):
     "Class activation maps of image files; the image-level labels are given"
     from diclip.model import DiCLIP
+
     names = [c.strip() for c in classes.split(",") if c.strip()]
     with complaints():
         files = image_files(images)
         m = DiCLIP.from_pretrained(model, device=device, cache=cache or None)
-        _cam(files, names, m, Path(out), gamma or (m.profile.gamma if m.adapter is None else m.profile.dynamic_gamma))
+        _cam(
+            files,
+            names,
+            m,
+            Path(out),
+            gamma or (m.profile.gamma if m.adapter is None else m.profile.dynamic_gamma),
+        )
     print(f"{len(files)} images, labels given ({', '.join(names)}): {out}")
 
 # %% ../../nbs/6_use/64_commands.ipynb #7c50b60b
 @call_parse
 def diclip_cache(
-    out: str = "runs/cache",    # folder for cache.safetensors and, on the way, images and pooled features
-    model: str = "mini",        # a profile
-    per_class: int = 0,         # generated images a class; 0: the profile's (50)
-    device: str = "cpu",        # "cpu" or "cuda"
+    out: str = "runs/cache",  # folder for cache.safetensors and, on the way, images and pooled features
+    model: str = "mini",  # a profile
+    per_class: int = 0,  # generated images a class; 0: the profile's (50)
+    device: str = "cpu",  # "cpu" or "cuda"
 ):
     "Build the key-value cache of a profile, equations (8) to (10); an interrupted run continues"
     from diclip.model import DiCLIP
+
     with complaints():
-        m = DiCLIP.from_pretrained(model, device=device, **(dict(images_per_class=per_class) if per_class else {}))
+        m = DiCLIP.from_pretrained(
+            model, device=device, **(dict(images_per_class=per_class) if per_class else {})
+        )
         cache = m.build_cache(out)
         cache.save(Path(out) / "cache.safetensors")
     print(f"{len(cache)} pairs of {len(m.profile.classes)} classes: {out}/cache.safetensors")
@@ -85,92 +104,138 @@ def diclip_cache(
 def _accelerator(device, precision):
     "One process or, started by accelerate launch, one of several."
     from accelerate import Accelerator
+
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
 # %% ../../nbs/6_use/64_commands.ipynb #ef7773d7
 @call_parse
 def diclip_train(
-    profile: str = "mini",      # "mini", "voc" or "coco"
-    data: str = "",             # data folder (diclip_data); not needed for mini
-    split: str = "train",       # list that is trained on ("train_aug" on VOC with SBD)
-    n: int = 0,                 # only the first n images; 0: all
-    out: str = "runs/train",    # folder for checkpoint, log, TensorBoard and, in the end, the model
-    iterations: int = 0,        # 0: the profile's
-    head: str = "",             # "transformer" or "conv" (Table IX); empty: the profile's
-    no_adapter: bool = False,   # teach the head with the static CAM, without an adapter (Table IV)
-    cache: str = "",            # cache file of diclip_cache; empty: built now
-    seed: int = 0,              # of order, crops, first weights
-    resume: bool = False,       # go on from the checkpoint in `out`
-    skip_damaged: bool = False, # report damaged images at the end instead of stopping at the first
-    precision: str = "no",      # "no" (float32), "fp16" or "bf16"
-    workers: int = 0,           # processes that read images ahead
-    device: str = "cpu",        # "cpu" or "cuda"; accelerate launch decides for several
+    profile: str = "mini",  # "mini", "voc" or "coco"
+    data: str = "",  # data folder (diclip_data); not needed for mini
+    split: str = "train",  # list that is trained on ("train_aug" on VOC with SBD)
+    n: int = 0,  # only the first n images; 0: all
+    out: str = "runs/train",  # folder for checkpoint, log, TensorBoard and, in the end, the model
+    iterations: int = 0,  # 0: the profile's
+    head: str = "",  # "transformer" or "conv" (Table IX); empty: the profile's
+    no_adapter: bool = False,  # teach the head with the static CAM, without an adapter (Table IV)
+    cache: str = "",  # cache file of diclip_cache; empty: built now
+    seed: int = 0,  # of order, crops, first weights
+    resume: bool = False,  # go on from the checkpoint in `out`
+    skip_damaged: bool = False,  # report damaged images at the end instead of stopping at the first
+    precision: str = "no",  # "no" (float32), "fp16" or "bf16"
+    workers: int = 0,  # processes that read images ahead
+    device: str = "cpu",  # "cpu" or "cuda"; accelerate launch decides for several
 ):
     "Train adapter and head on image-level labels, equations (12) to (15), and save the model"
     from diclip.datasets.coco import open_dataset
     from diclip.config import profile as get_profile
     from diclip.model import DiCLIP
     from diclip.train import check_folder
+
     changes, a = dict(iterations=iterations, head=head), _accelerator(device, precision)
     with complaints():
         check_folder(out, resume)
         p = get_profile(profile, **{k: v for k, v in changes.items() if v})
         samples = open_dataset(p, split, data or None, n or None)
         m = DiCLIP.from_pretrained(p, device=str(a.device), cache=cache or None)
-        with a.main_process_first():     # the others find its images and features
-            if not cache: m.build_cache(out, progress=a.is_main_process)
-        log = m.fit(samples, out, not no_adapter, seed, "skip" if skip_damaged else "stop", a, a.is_main_process, resume=resume, workers=workers)
-        if a.is_main_process: m.save_pretrained(Path(out) / "model")
-    a.print(f"{len(samples)} images, labels given, masks not used; {p.iterations} iterations of {p.batch}; last losses {log[-1]}; model: {out}/model")
+        with a.main_process_first():  # the others find its images and features
+            if not cache:
+                m.build_cache(out, progress=a.is_main_process)
+        log = m.fit(
+            samples,
+            out,
+            not no_adapter,
+            seed,
+            "skip" if skip_damaged else "stop",
+            a,
+            a.is_main_process,
+            resume=resume,
+            workers=workers,
+        )
+        if a.is_main_process:
+            m.save_pretrained(Path(out) / "model")
+    a.print(
+        f"{len(samples)} images, labels given, masks not used; {p.iterations} iterations of {p.batch}; last"
+        f" losses {log[-1]}; model: {out}/model"
+    )
 
 # %% ../../nbs/6_use/64_commands.ipynb #e285436e
 @call_parse
 def diclip_segment(
     images: Param("image files or folders", str, nargs="+"),
-    model: str = "runs/train/model",   # folder that diclip_train wrote
-    out: str = "runs/segmentations",   # folder for <image>.png (class ids, VOC's palette) and <image>_overlay.png
-    archive: str = "",                 # also write VOC's submission archive, e.g. results.tar.gz
-    one_scale: bool = False,           # no other scales, no mirroring
-    crf: bool = False,                 # DenseCRF on the result
-    skip_damaged: bool = False,        # report damaged files at the end instead of stopping at the first
-    device: str = "cpu",               # "cpu" or "cuda"
+    model: str = "runs/train/model",  # folder that diclip_train wrote
+    out: str = "runs/segmentations",  # folder for <image>.png (class ids, VOC's palette) and <image>_overlay.png
+    archive: str = "",  # also write VOC's submission archive, e.g. results.tar.gz
+    one_scale: bool = False,  # no other scales, no mirroring
+    crf: bool = False,  # DenseCRF on the result
+    skip_damaged: bool = False,  # report damaged files at the end instead of stopping at the first
+    device: str = "cpu",  # "cpu" or "cuda"
 ):
     "Segment image files; labels are not given"
     from diclip.app.output import overlay_png, predict, save_label, submission
     from diclip.model import DiCLIP
-    how, found = dict(scales=(1.,), flip=False) if one_scale else {}, []
+
+    how, found = dict(scales=(1.0,), flip=False) if one_scale else {}, []
     with complaints():
         files, m = image_files(images), DiCLIP.from_pretrained(model, device=device)
-        run = predict(files, lambda sample: (sample.image, m.segment([sample], crf=crf, **how)[0]), "skip" if skip_damaged else "stop")
+        run = predict(
+            files,
+            lambda sample: (sample.image, m.segment([sample], crf=crf, **how)[0]),
+            "skip" if skip_damaged else "stop",
+        )
         for name, (image, ids) in run:
             save_label(ids, Path(out) / f"{name}.png")
             overlay_png(image, ids, Path(out) / f"{name}_overlay.png")
-            if archive: found.append((name, ids.numpy().astype("uint8")))
-        if archive: submission(found, archive, classes=len(m.profile.classes))
-    print(f"{run.report()}, labels not given, {'one scale' if one_scale else 'scales ' + '/'.join(map(str, m.profile.scales)) + ', flip'}, {'CRF' if crf else 'no CRF'}: {out}")
+            if archive:
+                found.append((name, ids.numpy().astype("uint8")))
+        if archive:
+            submission(found, archive, classes=len(m.profile.classes))
+    print(
+        f"{run.report()}, labels not given,"
+        f" {'one scale' if one_scale else 'scales ' + '/'.join(map(str, m.profile.scales)) + ', flip'},"
+        f" {'CRF' if crf else 'no CRF'}: {out}"
+    )
 
 # %% ../../nbs/6_use/64_commands.ipynb #07d310ee
 @call_parse
 def diclip_eval(
-    model: str = "runs/train/model",   # folder that diclip_train wrote
-    data: str = "",                    # data folder; not needed for mini
-    split: str = "val",                # list that is scored
-    n: int = 0,                        # only the first n images; 0: all
-    one_scale: bool = False,           # no other scales, no mirroring
-    crf: bool = False,                 # DenseCRF on the result
-    device: str = "cpu",               # "cpu" or "cuda"
+    model: str = "runs/train/model",  # folder that diclip_train wrote
+    data: str = "",  # data folder; not needed for mini
+    split: str = "val",  # list that is scored
+    n: int = 0,  # only the first n images; 0: all
+    one_scale: bool = False,  # no other scales, no mirroring
+    crf: bool = False,  # DenseCRF on the result
+    device: str = "cpu",  # "cpu" or "cuda"
 ):
     "Score a trained model on masks: mIoU with its 95 % interval and the whole protocol"
     from diclip.datasets.coco import open_dataset
     from diclip.metrics import ConfusionMatrix, protocol
     from diclip.model import DiCLIP
     from tqdm import tqdm
-    how = dict(scales=(1.,), flip=False) if one_scale else {}
+
+    how = dict(scales=(1.0,), flip=False) if one_scale else {}
     with complaints():
         m = DiCLIP.from_pretrained(model, device=device)
-        samples, matrix = open_dataset(m.profile, split, data or None, n or None), ConfusionMatrix(len(m.profile.classes) + 1)
-        for i in tqdm(range(len(samples)), unit="image"): matrix.update(m.segment([samples[i]], crf=crf, **how)[0], samples[i].mask)
+        samples, matrix = open_dataset(m.profile, split, data or None, n or None), ConfusionMatrix(
+            len(m.profile.classes) + 1
+        )
+        for i in tqdm(range(len(samples)), unit="image"):
+            matrix.update(m.segment([samples[i]], crf=crf, **how)[0], samples[i].mask)
     low, high = matrix.bootstrap() if matrix.images > 1 else (float("nan"),) * 2
-    print(protocol(split=f"{m.profile.name} {split}", labels=False, scales=(1.,) if one_scale else m.profile.scales, flip=not one_scale, crf=crf, threshold=None, images=len(samples)))
-    print(f"mIoU {100 * matrix.miou():.1f} [{100 * low:.1f}, {100 * high:.1f}], pixel accuracy {100 * matrix.accuracy():.1f}")
-    for c, v in zip(("background", *m.profile.classes), matrix.iou()): print(f"  {c:14s} {100 * v:5.1f}")
+    print(
+        protocol(
+            split=f"{m.profile.name} {split}",
+            labels=False,
+            scales=(1.0,) if one_scale else m.profile.scales,
+            flip=not one_scale,
+            crf=crf,
+            threshold=None,
+            images=len(samples),
+        )
+    )
+    print(
+        f"mIoU {100 * matrix.miou():.1f} [{100 * low:.1f}, {100 * high:.1f}], pixel accuracy"
+        f" {100 * matrix.accuracy():.1f}"
+    )
+    for c, v in zip(("background", *m.profile.classes), matrix.iou()):
+        print(f"  {c:14s} {100 * v:5.1f}")

@@ -19,24 +19,27 @@ from ..engine.files import write_atomic
 from ..metrics import ConfusionMatrix, cam_confusion, mean_score, threshold_matrices
 
 # %% ../../nbs/6_use/62_experiment.ipynb #773ec2d3
-THRESHOLDS = tuple(round(.05 * i, 2) for i in range(1, 20))
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+
 
 def by_size(
-    maps: Tensor,     # (B, C, N) CAMs on the grid
-    grid,             # (h, w), h * w = N
-    labels: Tensor,   # (B, C) bool
-    masks,            # B arrays (H, W), of any sizes
-    most: int = 50,   # images at a time
+    maps: Tensor,  # (B, C, N) CAMs on the grid
+    grid,  # (h, w), h * w = N
+    labels: Tensor,  # (B, C) bool
+    masks,  # B arrays (H, W), of any sizes
+    most: int = 50,  # images at a time
 ):
     "Yields (maps (b, C, H, W), labels (b, C), masks (b, H, W)) for runs of images of one size."
     start = 0
     while start < len(masks):
         end = start + 1
-        while end < min(len(masks), start + most) and masks[end].shape == masks[start].shape: end += 1
+        while end < min(len(masks), start + most) and masks[end].shape == masks[start].shape:
+            end += 1
         size = masks[start].shape
         target = torch.from_numpy(np.stack(masks[start:end]).astype(np.int64))
         yield resize_maps(maps[start:end].cpu(), grid, size), labels[start:end].cpu(), target
         start = end
+
 
 def choose_threshold(maps, grid, labels, masks) -> tuple:
     "(threshold, mIoU per threshold): the one of `THRESHOLDS` with the best mIoU; for the train split only."
@@ -44,16 +47,18 @@ def choose_threshold(maps, grid, labels, masks) -> tuple:
     scores = mean_score(total)
     return THRESHOLDS[int(scores.argmax())], scores
 
+
 def score(maps, grid, labels, masks, threshold: float) -> ConfusionMatrix:
     "The confusion matrix of CAMs at a fixed threshold, image-level labels given."
     return sum(cam_confusion(m, l, t, threshold) for m, l, t in by_size(maps, grid, labels, masks))
 
 # %% ../../nbs/6_use/62_experiment.ipynb #13f2f436
 def center_prior(
-    count: int, classes: int,   # B images, C classes
-    grid,                       # (h, w)
-    width: float = .5,          # standard deviation in half-frames
-) -> Tensor:                    # (B, C, N) in [0, 1]
+    count: int,  # B, images
+    classes: int,  # C
+    grid,  # (h, w)
+    width: float = 0.5,  # standard deviation in half-frames
+) -> Tensor:  # (B, C, N) in [0, 1]
     "A Gaussian in the middle of the frame."
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in grid), indexing="ij")
     blob = torch.exp(-(x**2 + y**2) / (2 * width**2)).flatten()
@@ -62,66 +67,114 @@ def center_prior(
 
 # %% ../../nbs/6_use/62_experiment.ipynb #ef1b5094
 def summarize(
-    matrices: list,        # one `ConfusionMatrix` a seed
-    draws: int = 1000,     # bootstrap resamples
-) -> dict:                 # percent
-    "mIoU, precision and recall (means over classes and seeds), 95 % interval of the mIoU over images, and the seeds' own mIoU."
+    matrices: list,  # one `ConfusionMatrix` a seed
+    draws: int = 1000,  # bootstrap resamples
+) -> dict:  # percent
+    """mIoU, precision and recall (means over classes and seeds), 95 % interval of the mIoU over images, and
+    the seeds' own mIoU."""
     mean = lambda f: round(100 * float(np.mean([f(m) for m in matrices])), 2)
     drawn = torch.stack([m.resampled("miou", draws) for m in matrices]).mean(0) * 100
-    low, high = (round(v, 2) for v in drawn.nanquantile(torch.tensor([.025, .975], dtype=drawn.dtype)).tolist())
-    return dict(miou=mean(lambda m: m.miou()), low=low, high=high, precision=mean(lambda m: m.precision(True)), recall=mean(lambda m: m.recall(True)),
-                seeds=[round(100 * m.miou(), 2) for m in matrices])
+    low, high = (
+        round(v, 2) for v in drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    )
+    return dict(
+        miou=mean(lambda m: m.miou()),
+        low=low,
+        high=high,
+        precision=mean(lambda m: m.precision(True)),
+        recall=mean(lambda m: m.recall(True)),
+        seeds=[round(100 * m.miou(), 2) for m in matrices],
+    )
 
 # %% ../../nbs/6_use/62_experiment.ipynb #0e73e275
 def paired_difference(
-    a: list, b: list,      # one `ConfusionMatrix` a seed, of the same images in the same order
-    draws: int = 1000,     # bootstrap resamples
-    less: tuple = (),      # another (a, b): by how much the first pair's difference exceeds this one's
-) -> list:                 # mean, low, high: percent
-    "mIoU(b) - mIoU(a) with its 95 % interval over images, mean over seeds. Raises ValueError for other numbers of images."
-    if len({m.images for m in (*a, *b, *(m for rows in less for m in rows))}) > 1: raise ValueError("paired rows need the same images: score both on one list")
+    a: list,  # one `ConfusionMatrix` a seed
+    b: list,  # one a seed, of the same images in the same order
+    draws: int = 1000,  # bootstrap resamples
+    less: tuple = (),  # another (a, b): by how much the first pair's difference exceeds this one's
+) -> list:  # mean, low, high: percent
+    """mIoU(b) - mIoU(a) with its 95 % interval over images, mean over seeds.
+    Raises ValueError for other numbers of images."""
+    if len({m.images for m in (*a, *b, *(m for rows in less for m in rows))}) > 1:
+        raise ValueError("paired rows need the same images: score both on one list")
     drawn = lambda rows: 100 * torch.stack([m.resampled("miou", draws) for m in rows]).mean(0)
     d = drawn(b) - drawn(a) - (drawn(less[1]) - drawn(less[0]) if less else 0)
-    return [round(v, 2) for v in (d.mean().item(), *d.nanquantile(torch.tensor([.025, .975], dtype=d.dtype)).tolist())]
+    return [
+        round(v, 2)
+        for v in (d.mean().item(), *d.nanquantile(torch.tensor([0.025, 0.975], dtype=d.dtype)).tolist())
+    ]
+
 
 def verdict(low: float, high: float) -> str:
-    "What an interval of a difference says about \"b is better\"."
+    'What an interval of a difference says about "b is better".'
     return "holds" if low > 0 else "reversed" if high < 0 else "not shown"
 
 # %% ../../nbs/6_use/62_experiment.ipynb #1944e22c
 class Seeded:
     "A `StableDiffusion` whose attention sees the noise of another seed."
-    def __init__(self,
-                 sd,          # `StableDiffusion`
-                 seed: int,   # of the noise
-                ): self.sd, self.seed, self.fingerprint = sd, seed, f"{sd.fingerprint}, noise {seed}"
-    def attention(self, images, grid, **how): return self.sd.attention(images, grid, **how, seed=self.seed)
+
+    def __init__(
+        self,
+        sd,  # `StableDiffusion`
+        seed: int,  # of the noise
+    ):
+        self.sd = sd
+        self.seed = seed
+        self.fingerprint = f"{sd.fingerprint}, noise {seed}"
+
+    def attention(self, images, grid, **how):
+        return self.sd.attention(images, grid, **how, seed=self.seed)
 
 # %% ../../nbs/6_use/62_experiment.ipynb #182100cc
 def format_table(
-    rows: dict,            # {name: what `summarize` returned, plus "threshold"}
-    head: str = "",        # first line
+    rows: dict,  # {name: what `summarize` returned, plus "threshold"}
+    head: str = "",  # first line
 ) -> str:
     "Rows as aligned text: mIoU with its interval, precision, recall, the seeds' mIoU."
     wide = max(map(len, rows)) + 2
     lines = [head] if head else []
     lines.append(f"{'':{wide}s}{'mIoU':>6s}  {'95 % interval':^15s}{'prec.':>7s}{'recall':>8s}  seeds")
     for name, r in rows.items():
-        lines.append(f"{name:{wide}s}{r['miou']:6.1f}  [{r['low']:5.1f}, {r['high']:5.1f}] {r['precision']:7.1f}{r['recall']:8.1f}  {' '.join(f'{s:.1f}' for s in r['seeds'])}")
+        lines.append(
+            f"{name:{wide}s}{r['miou']:6.1f}  [{r['low']:5.1f}, {r['high']:5.1f}]"
+            f" {r['precision']:7.1f}{r['recall']:8.1f}  {' '.join(f'{s:.1f}' for s in r['seeds'])}"
+        )
     return "\n".join(lines)
 
-# %% ../../nbs/6_use/62_experiment.ipynb #8a6db09b
+# %% ../../nbs/6_use/62_experiment.ipynb #3933cb09
 def environment(device="cpu") -> dict:
     "Commit, library versions and hardware of this run."
-    try: commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10).stdout.strip()
-    except (OSError, NameError, subprocess.SubprocessError): commit = ""
-    def version(name):
-        try: return metadata.version(name)
-        except metadata.PackageNotFoundError: return None
-    hardware = torch.cuda.get_device_name() if str(device).startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return dict(commit=commit, date=date.today().isoformat(), device=str(device), hardware=hardware, python=platform.python_version(),
-                versions={n: version(n) for n in ("diclip", "torch", "open_clip_torch", "diffusers", "transformers", "scikit-learn")})
+    try:
+        ask = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(ask, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10)
+        commit = done.stdout.strip()
+    except (OSError, NameError, subprocess.SubprocessError):
+        commit = ""
 
+    def version(name):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    hardware = (
+        torch.cuda.get_device_name()
+        if str(device).startswith("cuda")
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    return dict(
+        commit=commit,
+        date=date.today().isoformat(),
+        device=str(device),
+        hardware=hardware,
+        python=platform.python_version(),
+        versions={
+            n: version(n)
+            for n in ("diclip", "torch", "open_clip_torch", "diffusers", "transformers", "scikit-learn")
+        },
+    )
+
+# %% ../../nbs/6_use/62_experiment.ipynb #8a6db09b
 def save_record(path, **record) -> Path:
     "Write a JSON record atomically."
     return write_atomic(path, lambda p: p.write_text(json.dumps(record, indent=1, default=str) + "\n"))

@@ -14,90 +14,143 @@ from fastcore.basics import patch
 from PIL import Image
 from ..data import Sample, palette, palette_image, read_image, to_rgb
 from ..engine.files import replacing
+
 _all_ = ["replacing"]
 
 # %% ../../nbs/appendix/d3_output.ipynb #b28b021c
 def check_mask(mask, name="the mask") -> np.ndarray:
     "An (H, W) uint8 array of a mask. Raises ValueError for scores, colors, and numbers outside 0 to 255."
     x = mask.detach().cpu().numpy() if hasattr(mask, "detach") else np.asarray(mask)
-    if x.ndim != 2 or not x.size: raise ValueError(f"{name} has shape {x.shape}: give class ids (H, W), the argmax of scores over their classes")
-    if x.dtype.kind not in "iu": raise ValueError(f"{name} is {x.dtype}: give integer class ids, the argmax of scores over their classes")
-    if x.min() < 0 or x.max() > 255: raise ValueError(f"{name} holds ids from {x.min()} to {x.max()}: 0 is the background, c + 1 is class c, 255 is ignored")
+    if x.ndim != 2 or not x.size:
+        raise ValueError(
+            f"{name} has shape {x.shape}: give class ids (H, W), the argmax of scores over their classes"
+        )
+    if x.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} is {x.dtype}: give integer class ids, the argmax of scores over their classes"
+        )
+    if x.min() < 0 or x.max() > 255:
+        raise ValueError(
+            f"{name} holds ids from {x.min()} to {x.max()}: 0 is the background, c + 1 is class c, 255 is"
+            " ignored"
+        )
     return x.astype(np.uint8)
 
+
 def save_label(
-    mask,            # (H, W) integers, array or tensor: 0 background, c + 1 class c, 255 ignored
-    path,            # file name, ends in .png
+    mask,  # (H, W) integers, array or tensor: 0 background, c + 1 class c, 255 ignored
+    path,  # file name, ends in .png
 ) -> Path:
-    "Write class ids as a PNG in VOC's palette. Raises ValueError for what is no mask and for another file type."
+    """Write class ids as a PNG in VOC's palette.
+    Raises ValueError for what is no mask and for another file type."""
     path = Path(path)
-    if path.suffix.lower() != ".png": raise ValueError(f"{path.name} is no PNG: other formats blur class ids, name it {path.stem}.png")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path.name} is no PNG: other formats blur class ids, name it {path.stem}.png")
     mask = check_mask(mask)
-    with replacing(path) as part: palette_image(mask).save(part, "PNG")
+    with replacing(path) as part:
+        palette_image(mask).save(part, "PNG")
     return path
 
 # %% ../../nbs/appendix/d3_output.ipynb #a3d2c0cc
 def overlay_png(
-    image,           # (H, W, 3) array, PIL image
-    mask,            # (H, W) class ids
-    path,            # file name, ends in .png
-    alpha: float = .6,  # how much of the color is seen
+    image,  # (H, W, 3) array, PIL image
+    mask,  # (H, W) class ids
+    path,  # file name, ends in .png
+    alpha: float = 0.6,  # how much of the color is seen
 ) -> Path:
-    "Write an image with its mask over it. Raises ValueError for sizes that differ, for what is no mask, and for another file type."
-    path, image, mask = Path(path), to_rgb(image), check_mask(mask)
-    if mask.shape != image.shape[:2]: raise ValueError(f"the mask is {mask.shape} and the image {image.shape[:2]}: resize the scores to the image before the argmax")
-    if path.suffix.lower() != ".png": raise ValueError(f"{path.name} is no PNG: name it {path.stem}.png")
+    """Write an image with its mask over it.
+    Raises ValueError for sizes that differ, for what is no mask, and for another file type."""
+    path = Path(path)
+    image = to_rgb(image)
+    mask = check_mask(mask)
+    if mask.shape != image.shape[:2]:
+        raise ValueError(
+            f"the mask is {mask.shape} and the image {image.shape[:2]}: resize the scores to the image before"
+            " the argmax"
+        )
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path.name} is no PNG: name it {path.stem}.png")
     share = alpha * (mask > 0)[..., None]
-    with replacing(path) as part: Image.fromarray(((1 - share) * image + share * palette()[mask]).round().astype(np.uint8)).save(part, "PNG")
+    with replacing(path) as part:
+        Image.fromarray(((1 - share) * image + share * palette()[mask]).round().astype(np.uint8)).save(
+            part, "PNG"
+        )
     return path
 
 # %% ../../nbs/appendix/d3_output.ipynb #721d9680
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
+
 def list_images(folder) -> list:
     "The image files of a folder, sorted by name. Raises ValueError where there are none."
-    found = sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")) if Path(folder).is_dir() else []
-    if not found: raise ValueError(f"no images in {Path(folder).name}: give a folder with files that end in {', '.join(SUFFIXES)}")
+    found = (
+        sorted(
+            f for f in Path(folder).iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
+        )
+        if Path(folder).is_dir()
+        else []
+    )
+    if not found:
+        raise ValueError(
+            f"no images in {Path(folder).name}: give a folder with files that end in {', '.join(SUFFIXES)}"
+        )
     return found
 
 # %% ../../nbs/appendix/d3_output.ipynb #79bda0d6
 class predict:
-    "Iterate over (id, fn(sample)); after the loop, `skipped` lists (id, reason). Raises ValueError for a damaged image (stop), where all are (skip), and for another switch."
+    """Iterate over (id, fn(sample)); after the loop, `skipped` lists (id, reason).
+    Raises ValueError for a damaged image (stop), where all are (skip), and for another switch."""
+
     def __init__(
         self,
-        items,             # a folder, file names, samples, or a data set of samples
-        fn,                # Sample -> result; files become samples without labels
-        on_error="stop",   # or "skip"
+        items,  # a folder, file names, samples, or a data set of samples
+        fn,  # Sample -> result; files become samples without labels
+        on_error="stop",  # or "skip"
     ):
-        if on_error not in ("stop", "skip"): raise ValueError(f"on_error={on_error!r}: choose stop or skip")
+        if on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error={on_error!r}: choose stop or skip")
         self.items = list_images(items) if isinstance(items, (str, Path)) else items
-        self.fn, self.on_error, self.skipped = fn, on_error, []
+        self.fn = fn
+        self.on_error = on_error
+        self.skipped = []
 
-    def __len__(self): return len(self.items)
+    def __len__(self):
+        return len(self.items)
 
     def __iter__(self):
         self.skipped = []
         for i in range(len(self)):
             name = self._name(i)
-            try: found = name, self.fn(self._sample(i))
+            try:
+                found = name, self.fn(self._sample(i))
             except ValueError as e:
-                if self.on_error == "stop": raise ValueError(f"{name}: {e}; on_error='skip' goes on without it") from e
+                if self.on_error == "stop":
+                    raise ValueError(f"{name}: {e}; on_error='skip' goes on without it") from e
                 self.skipped.append((name, str(e)))
-            else: yield found
-        if len(self) and len(self.skipped) == len(self): raise ValueError(f"all {len(self)} images failed; the first error was: {self.skipped[0][1]}")
+            else:
+                yield found
+        if len(self) and len(self.skipped) == len(self):
+            raise ValueError(f"all {len(self)} images failed; the first error was: {self.skipped[0][1]}")
 
-    def report(self) -> str:
-        "One line on what was left out."
-        names = ", ".join(n for n, _ in self.skipped)
-        return f"{len(self) - len(self.skipped):,} of {len(self):,} images" + (f"; skipped {names}" if names else "")
+# %% ../../nbs/appendix/d3_output.ipynb #d1ec351d
+@patch
+def report(self: predict) -> str:
+    "One line on what was left out."
+    names = ", ".join(n for n, _ in self.skipped)
+    return f"{len(self) - len(self.skipped):,} of {len(self):,} images" + (
+        f"; skipped {names}" if names else ""
+    )
 
 # %% ../../nbs/appendix/d3_output.ipynb #31d3404d
 @patch
 def _name(self: predict, i):
-    if hasattr(self.items, "ids"): return str(self.items.ids[i])
-    if not isinstance(self.items, (list, tuple)): return str(i)
+    if hasattr(self.items, "ids"):
+        return str(self.items.ids[i])
+    if not isinstance(self.items, (list, tuple)):
+        return str(i)
     item = self.items[i]
     return item.id if isinstance(item, Sample) else Path(item).stem
+
 
 @patch
 def _sample(self: predict, i):
@@ -107,35 +160,64 @@ def _sample(self: predict, i):
 # %% ../../nbs/appendix/d3_output.ipynb #790f7695
 FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 
+
 def check_submission(name, mask, size, classes, names) -> np.ndarray:
     "The mask of one id. Raises ValueError for whatever VOC's server would refuse."
-    if not name or Path(name).name != name or name in names: raise ValueError(f"id {name!r} is {'there twice' if name in names else 'no file name'}: give each image's own id, such as 2008_000006")
+    if not name or Path(name).name != name or name in names:
+        raise ValueError(
+            f"id {name!r} is {'there twice' if name in names else 'no file name'}: give each image's own id,"
+            " such as 2008_000006"
+        )
     mask = check_mask(mask, name)
-    if (bad := mask[mask > classes]).size: raise ValueError(f"{name} holds {bad[0]}, but a prediction is 0 to {classes}: 255 is for ground truth only, take the argmax of all classes")
-    if size is not None and tuple(size) != mask.shape: raise ValueError(f"{name} is {mask.shape} and its image {tuple(size)}: resize the scores to the image before the argmax")
+    if (bad := mask[mask > classes]).size:
+        raise ValueError(
+            f"{name} holds {bad[0]}, but a prediction is 0 to {classes}: 255 is for ground truth only, take"
+            " the argmax of all classes"
+        )
+    if size is not None and tuple(size) != mask.shape:
+        raise ValueError(
+            f"{name} is {mask.shape} and its image {tuple(size)}: resize the scores to the image before the"
+            " argmax"
+        )
     return mask
 
-# %% ../../nbs/appendix/d3_output.ipynb #82c54617
+# %% ../../nbs/appendix/d3_output.ipynb #3a5dc603
 def submission(
-    masks,             # iterable of (id, (H, W) class ids)
-    path,              # file name, ends in .tar.gz or .tgz
-    sizes=None,        # {id: (H, W)} of the test images; given, none may be missing
-    classes: int = 20, # C; masks hold 0 to C
+    masks,  # iterable of (id, (H, W) class ids)
+    path,  # file name, ends in .tar.gz or .tgz
+    sizes=None,  # {id: (H, W)} of the test images; given, none may be missing
+    classes: int = 20,  # C; masks hold 0 to C
 ) -> Path:
-    "Write the archive that VOC's evaluation server takes. Raises ValueError for masks that it would refuse, ids that are missing, twice or unknown, and for another file type."
+    """Write the archive that VOC's evaluation server takes.
+    Raises ValueError for masks that it would refuse, ids that are missing, twice or unknown, and for
+    another file type."""
     path, names = Path(path), set()
-    if not path.name.endswith((".tar.gz", ".tgz")): raise ValueError(f"{path.name}: the server takes .tar.gz or .tgz only")
-    with replacing(path) as part, open(part, "wb") as file, _gzip(file) as gz, tarfile.open(fileobj=gz, mode="w") as archive:
+    if not path.name.endswith((".tar.gz", ".tgz")):
+        raise ValueError(f"{path.name}: the server takes .tar.gz or .tgz only")
+    with replacing(path) as part, open(part, "wb") as file, _gzip(file) as gz, tarfile.open(
+        fileobj=gz, mode="w"
+    ) as archive:
         for name, mask in masks:
-            if sizes is not None and name not in sizes: raise ValueError(f"{name} is no image of the list: run on the test split")
+            if sizes is not None and name not in sizes:
+                raise ValueError(f"{name} is no image of the list: run on the test split")
             buffer = io.BytesIO()
-            palette_image(check_submission(name, mask, sizes and sizes[name], classes, names)).save(buffer, "PNG")
-            info = tarfile.TarInfo(f"{FOLDER}/{name}.png"); info.size = buffer.tell()
-            archive.addfile(info, io.BytesIO(buffer.getvalue())); names.add(name)
+            palette_image(check_submission(name, mask, sizes and sizes[name], classes, names)).save(
+                buffer, "PNG"
+            )
+            info = tarfile.TarInfo(f"{FOLDER}/{name}.png")
+            info.size = buffer.tell()
+            archive.addfile(info, io.BytesIO(buffer.getvalue()))
+            names.add(name)
         missing = sorted(set(sizes or ()) - names)
-        if missing or not names: raise ValueError(f"{len(missing) or 'all'} masks are missing ({', '.join(missing[:3])}...): the server wants one for every image of the list")
+        if missing or not names:
+            raise ValueError(
+                f"{len(missing) or 'all'} masks are missing ({', '.join(missing[:3])}...): the server wants"
+                " one for every image of the list"
+            )
     return path
 
+# %% ../../nbs/appendix/d3_output.ipynb #82c54617
 def _gzip(file):
     import gzip
+
     return gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0)

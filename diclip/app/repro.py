@@ -10,31 +10,46 @@ import json, os, time
 from pathlib import Path
 from fastcore.script import Param, call_parse
 
-# %% ../../nbs/6_use/63_repro.ipynb #d4caead1
+# %% ../../nbs/6_use/63_repro.ipynb #7778150e
 def experiment_notebook(name: str) -> Path:
     "The path of an experiment notebook. Raises FileNotFoundError outside a clone."
     path = Path(__file__).parents[2] / "nbs/experiments" / f"{name}.ipynb"
-    if not path.is_file(): raise FileNotFoundError(f"no notebook {path.name} beside the package: clone the repository and install it with pip install -e .")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no notebook {path.name} beside the package: clone the repository and install it with pip"
+            " install -e ."
+        )
     return path
 
+
 def run_notebook(
-    name: str,             # of an experiment
-    out,                   # folder for the executed notebook, the record and the report
-    **parameters,          # for the notebook's parameters cell
-) -> dict:                 # the record
+    name: str,  # of an experiment
+    out,  # folder for the executed notebook, the record and the report
+    **parameters,  # for the notebook's parameters cell
+) -> dict:  # the record
     "Execute an experiment with a progress bar; writes `name`.ipynb, .json and .html into `out`."
     import papermill as pm
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     done, record = out / f"{name}.ipynb", out / f"{name}.json"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    pm.execute_notebook(str(experiment_notebook(name)), str(done), dict(parameters, record=str(record.resolve())), kernel_name="python3",
-                        progress_bar=True, cwd=str(out))
+    pm.execute_notebook(
+        str(experiment_notebook(name)),
+        str(done),
+        dict(parameters, record=str(record.resolve())),
+        kernel_name="python3",
+        progress_bar=True,
+        cwd=str(out),
+    )
     write_report(done)
     return json.loads(record.read_text())
 
+# %% ../../nbs/6_use/63_repro.ipynb #d4caead1
 def write_report(notebook) -> Path:
     "An HTML page of an executed notebook, beside it, without set-up code."
     from nbconvert import HTMLExporter
+
     html = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(notebook))[0]
     path = Path(notebook).with_suffix(".html")
     path.write_text(html, encoding="utf-8")
@@ -43,34 +58,45 @@ def write_report(notebook) -> Path:
 # %% ../../nbs/6_use/63_repro.ipynb #28607676
 @call_parse
 def diclip_repro(
-    profile: str = "mini",     # "mini", "voc" or "coco"
-    data: str = "",            # data folder in VOC's format (VOCdevkit/VOC2012); not needed for mini
-    out: str = "runs/repro",   # folder for the executed notebook, its record and its report
-    device: str = "cpu",       # "cpu" or "cuda"
-    n_train: int = 150,        # images of the train split on which thresholds are chosen
-    n_val: int = 200,          # images that are scored (voc: the paper scores CAMs on train, see --split)
-    split: str = "val",        # split that is scored
-    seeds: int = 1,            # repetitions of everything random
-    per_class: int = 50,       # generated images a class in the cache
-    remake_pool: bool = False, # generate the images anew instead of using those that ship
-    cache_images: str = "generated", # "generated", or "rendered": the mini world's own portraits, as a control
-    no_train: bool = False,    # stop after the training-free half
-    train_split: str = "train",# list that segmentation heads are trained on ("train_aug" on VOC with SBD)
-    n_heads: int = 600,        # of its images, the first ones; 0: all
-    controls: bool = False,    # also train the controls of the second table: a random adapter, rolled labels, full supervision
+    profile: str = "mini",  # "mini", "voc" or "coco"
+    data: str = "",  # data folder in VOC's format (VOCdevkit/VOC2012); not needed for mini
+    out: str = "runs/repro",  # folder for the executed notebook, its record and its report
+    device: str = "cpu",  # "cpu" or "cuda"
+    n_train: int = 150,  # images of the train split on which thresholds are chosen
+    n_val: int = 200,  # images that are scored (voc: the paper scores CAMs on train, see --split)
+    split: str = "val",  # split that is scored
+    seeds: int = 1,  # repetitions of everything random
+    per_class: int = 50,  # generated images a class in the cache
+    remake_pool: bool = False,  # generate the images anew instead of using those that ship
+    cache_images: str = "generated",  # "generated", or "rendered": the mini world's own portraits, as a control
+    no_train: bool = False,  # stop after the training-free half
+    train_split: str = "train",  # list that segmentation heads are trained on ("train_aug" on VOC with SBD)
+    n_heads: int = 600,  # of its images, the first ones; 0: all
+    controls: bool = False,  # also train the controls of the second table: a random adapter, rolled labels, full supervision
 ):
-    "Measure CLIP, + VCE, + cache and their controls, then train Table IV; print both beside the paper's numbers, write records and HTML reports"
+    """Measure CLIP, + VCE, + cache and their controls, then train Table IV; print both beside the paper's
+    numbers, write records and HTML reports"""
     from diclip.config import profile as get_profile
     from diclip.datasets.coco import open_dataset
     from diclip.world import CLASSES
+
     start, p = time.time(), get_profile(profile)
-    if cache_images not in ("generated", "rendered"): raise ValueError(f"cache_images={cache_images!r}: choose generated or rendered")
-    if cache_images == "rendered" and not set(p.classes) <= set(CLASSES): raise ValueError(f"cache_images='rendered' draws {', '.join(CLASSES)} only: choose generated")
-    for s in ("train", split, *([] if no_train else [train_split])): open_dataset(p, s, data or None)      # complain about the data now, not in the middle of the notebook
-    both = dict(profile=profile, data=str(Path(data).resolve()) if data else "", device=device, n_val=n_val, seeds=seeds)
-    record = run_notebook("components", out, **both, n_train=n_train, split=split, per_class=per_class, remake_pool=remake_pool, cache_images=cache_images)
+    if cache_images not in ("generated", "rendered"):
+        raise ValueError(f"cache_images={cache_images!r}: choose generated or rendered")
+    if cache_images == "rendered" and not set(p.classes) <= set(CLASSES):
+        raise ValueError(f"cache_images='rendered' draws {', '.join(CLASSES)} only: choose generated")
+    for s in ("train", split, *([] if no_train else [train_split])):
+        open_dataset(p, s, data or None)  # complain about the data now, not in the middle of the notebook
+    root = str(Path(data).resolve()) if data else ""
+    both = dict(profile=profile, data=root, device=device, n_val=n_val, seeds=seeds)
+    pool = dict(per_class=per_class, remake_pool=remake_pool, cache_images=cache_images)
+    record = run_notebook("components", out, **both, **pool, n_train=n_train, split=split)
     print("\n" + record["table"] + "\n")
     if not no_train:
-        trained = run_notebook("training", out, **both, train_split=train_split, n_train=n_heads, n_choose=min(n_train, n_heads or n_train), split="val", controls=controls)
+        lists = dict(train_split=train_split, n_train=n_heads, n_choose=min(n_train, n_heads or n_train))
+        trained = run_notebook("training", out, **both, **lists, split="val", controls=controls)
         print("\n" + trained["table"] + "\n")
-    print(f"{(time.time() - start) / 60:.1f} minutes. Records, executed notebooks and reports: {out}/*.json, *.ipynb, *.html")
+    print(
+        f"{(time.time() - start) / 60:.1f} minutes. Records, executed notebooks and reports: {out}/*.json,"
+        " *.ipynb, *.html"
+    )

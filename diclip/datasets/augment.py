@@ -17,78 +17,103 @@ from ..config import TrainingSettings
 @dataclass(frozen=True)
 class View:
     "What an augmentation shows."
-    size: tuple      # (h, w) of the whole image after resizing, pixels
-    top: int         # of the crop in that image; negative where padding comes first
-    left: int        # likewise
-    mirror: bool     # left and right exchanged
+
+    size: tuple  # (h, w) of the whole image after resizing, pixels
+    top: int  # of the crop in that image; negative where padding comes first
+    left: int  # likewise
+    mirror: bool  # left and right exchanged
+
 
 def draw_view(
-    shape: tuple,                # (H, W) of the image
-    rng: np.random.Generator,    # the only source of chance
-    crop: int = 320,             # height and width of the crop, pixels (log)
-    long_side=TrainingSettings.long_side,       # range of the long side, pixels; None leaves the image as it is (family)
-    rescale=TrainingSettings.rescale,            # range of a factor after that; None for 1 (family)
-    flip: bool = True,           # mirror half of the images (family)
+    shape: tuple,  # (H, W) of the image
+    rng: np.random.Generator,  # the only source of chance
+    crop: int = 320,  # height and width of the crop, pixels (log)
+    long_side=TrainingSettings.long_side,  # range of the long side, pixels; None leaves the image as it is (family)
+    rescale=TrainingSettings.rescale,  # range of a factor after that; None for 1 (family)
+    flip: bool = True,  # mirror half of the images (family)
 ) -> View:
     "Draw size, position and mirror. Raises ValueError for ranges that are empty or not positive."
     for name, r in (("long_side", long_side), ("rescale", rescale), ("crop", (crop, crop))):
-        if r is not None and not 0 < r[0] <= r[1]: raise ValueError(f"{name}={r} is no range of positive numbers: give (smallest, largest)")
-    scale = 1. if long_side is None else rng.integers(long_side[0], long_side[1] + 1) / max(shape)
-    if rescale is not None: scale *= rng.uniform(*rescale)
+        if r is not None and not 0 < r[0] <= r[1]:
+            raise ValueError(f"{name}={r} is no range of positive numbers: give (smallest, largest)")
+    scale = 1.0 if long_side is None else rng.integers(long_side[0], long_side[1] + 1) / max(shape)
+    if rescale is not None:
+        scale *= rng.uniform(*rescale)
     size = tuple(max(1, round(s * scale)) for s in shape)
     top, left = (int(rng.integers(min(0, s - crop), max(0, s - crop) + 1)) for s in size)
-    return View(size, top, left, bool(flip and rng.random() < .5))
+    return View(size, top, left, bool(flip and rng.random() < 0.5))
 
 # %% ../../nbs/appendix/c4_augment.ipynb #be6817b2
-FILL = (.48145466, .4578275, .40821073)   # CLIP's mean color
+FILL = (0.48145466, 0.4578275, 0.40821073)  # CLIP's mean color
+
 
 def _window(view, crop):
     "The part of the resized image that is seen, and where it lies in the crop: two pairs of slices."
     spans = [(max(0, a), min(a + crop, s)) for a, s in zip((view.top, view.left), view.size)]
-    return [slice(*s) for s in spans], [slice(a - o, b - o) for (a, b), o in zip(spans, (view.top, view.left))]
+    return [slice(*s) for s in spans], [
+        slice(a - o, b - o) for (a, b), o in zip(spans, (view.top, view.left))
+    ]
+
 
 def look(
-    image: np.ndarray,   # (H, W, 3) uint8
-    view: View,          # of this image
-    crop: int,           # pixels
-    fill=FILL,           # RGB in [0, 1] of the padding
-) -> tuple:              # (crop, crop, 3) float32 in [0, 1]; (crop, crop) bool, True where there is image
+    image: np.ndarray,  # (H, W, 3) uint8
+    view: View,  # of this image
+    crop: int,  # pixels
+    fill=FILL,  # RGB in [0, 1] of the padding
+) -> tuple:  # (crop, crop, 3) float32 in [0, 1]; (crop, crop) bool, True where there is image
     "An image as a view shows it, bicubic. Raises ValueError for an array that is no RGB image."
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8: raise ValueError(f"an image is (H, W, 3) uint8, not {image.shape} {image.dtype}: use diclip.data.to_rgb")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"an image is (H, W, 3) uint8, not {image.shape} {image.dtype}: use diclip.data.to_rgb"
+        )
     (v, u), at = _window(view, crop)
     sy, sx = (a / b for a, b in zip(image.shape, view.size))
-    part = Image.fromarray(image).resize((u.stop - u.start, v.stop - v.start), Image.BICUBIC, box=(u.start * sx, v.start * sy, u.stop * sx, v.stop * sy))
+    part = Image.fromarray(image).resize(
+        (u.stop - u.start, v.stop - v.start),
+        Image.BICUBIC,
+        box=(u.start * sx, v.start * sy, u.stop * sx, v.stop * sy),
+    )
     out, real = np.full((crop, crop, 3), fill, np.float32), np.zeros((crop, crop), bool)
     out[tuple(at)], real[tuple(at)] = np.asarray(part, np.float32) / 255, True
     return (out[:, ::-1], real[:, ::-1]) if view.mirror else (out, real)
 
 # %% ../../nbs/appendix/c4_augment.ipynb #ad498921
 def look_mask(
-    mask: np.ndarray,    # (H, W) uint8
-    view: View,          # of its image
-    crop: int,           # pixels
-) -> np.ndarray:         # (crop, crop) uint8, 255 in the padding
+    mask: np.ndarray,  # (H, W) uint8
+    view: View,  # of its image
+    crop: int,  # pixels
+) -> np.ndarray:  # (crop, crop) uint8, 255 in the padding
     "A mask as a view shows it, nearest. Raises ValueError for an array that is no mask."
-    if mask.ndim != 2: raise ValueError(f"a mask is (H, W), not {mask.shape}: pass class ids, not colors")
+    if mask.ndim != 2:
+        raise ValueError(f"a mask is (H, W), not {mask.shape}: pass class ids, not colors")
     (v, u), at = _window(view, crop)
-    rows, cols = (((np.arange(s.start, s.stop) + .5) * n / m).astype(int) for s, n, m in zip((v, u), mask.shape, view.size))
+    rows, cols = (
+        ((np.arange(s.start, s.stop) + 0.5) * n / m).astype(int)
+        for s, n, m in zip((v, u), mask.shape, view.size)
+    )
     out = np.full((crop, crop), 255, np.uint8)
     out[tuple(at)] = mask[np.ix_(rows, cols)]
     return out[:, ::-1] if view.mirror else out
 
 # %% ../../nbs/appendix/c4_augment.ipynb #0cf9164a
 def augment(
-    image: np.ndarray,           # (H, W, 3) uint8
-    rng: np.random.Generator,    # the only source of chance
-    crop: int = 320,             # pixels (log)
-    long_side=TrainingSettings.long_side,       # of `draw_view`
-    rescale=TrainingSettings.rescale,            # of `draw_view`
-    flip: bool = True,           # of `draw_view`
+    image: np.ndarray,  # (H, W, 3) uint8
+    rng: np.random.Generator,  # the only source of chance
+    crop: int = 320,  # pixels (log)
+    long_side=TrainingSettings.long_side,  # of `draw_view`
+    rescale=TrainingSettings.rescale,  # of `draw_view`
+    flip: bool = True,  # of `draw_view`
     mask: np.ndarray | None = None,  # (H, W) uint8, follows the same view
-    fill=FILL,                   # RGB in [0, 1] of the padding
-) -> tuple:                      # (3, crop, crop) float in [0, 1]; (crop, crop) bool, True where there is image; (crop, crop) uint8 or None
-    "A random view of a training image. Raises ValueError for a mask of another size, and as `draw_view` and `look` do."
-    if mask is not None and mask.shape != image.shape[:2]: raise ValueError(f"the image is {image.shape[:2]} and its mask {mask.shape}: they must be of one size")
+    fill=FILL,  # RGB in [0, 1] of the padding
+) -> (
+    tuple
+):  # (3, crop, crop) float in [0, 1]; (crop, crop) bool, True where there is image; (crop, crop) uint8 or None
+    """A random view of a training image.
+    Raises ValueError for a mask of another size, and as `draw_view` and `look` do."""
+    if mask is not None and mask.shape != image.shape[:2]:
+        raise ValueError(
+            f"the image is {image.shape[:2]} and its mask {mask.shape}: they must be of one size"
+        )
     view = draw_view(image.shape[:2], rng, crop, long_side, rescale, flip)
     x, real = look(image, view, crop, fill)
     seen = None if mask is None else torch.from_numpy(look_mask(mask, view, crop).copy())

@@ -8,6 +8,7 @@ __all__ = ['Order', 'positions', 'TrainingSet', 'collate', 'batches']
 # %% ../../nbs/appendix/c5_batches.ipynb #9ebcbb2e
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
 from .augment import augment
 from ..data import multi_hot
@@ -15,20 +16,25 @@ from ..data import multi_hot
 # %% ../../nbs/appendix/c5_batches.ipynb #66145c08
 class Order:
     "Image number at each position of an endless shuffled sequence. Raises ValueError for an empty data set."
+
     def __init__(self, n: int, seed: int = 0):
-        if n < 1: raise ValueError("a data set without images cannot be trained on: check the list of the split")
-        self.n, self.seed, self._epoch = n, seed, (None, None)
+        if n < 1:
+            raise ValueError("a data set without images cannot be trained on: check the list of the split")
+        self.n = n
+        self.seed = seed
+        self._epoch = (None, None)
 
     def __getitem__(self, k: int) -> int:
         epoch, at = divmod(k, self.n)
-        if self._epoch[0] != epoch: self._epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n)
         return int(self._epoch[1][at])
 
 # %% ../../nbs/appendix/c5_batches.ipynb #b9b05900
 def positions(
-    iteration: int,      # 0, 1, ...
-    batch: int,          # images an iteration and process
-    rank: int = 0,       # of this process
+    iteration: int,  # 0, 1, ...
+    batch: int,  # images an iteration and process
+    rank: int = 0,  # of this process
     processes: int = 1,
 ) -> range:
     "The positions of one process in one iteration."
@@ -37,45 +43,81 @@ def positions(
 
 # %% ../../nbs/appendix/c5_batches.ipynb #46b1a5da
 class TrainingSet(Dataset):
-    "Augmented images by position: dicts of image (3, S, S), labels (C,), valid (S, S), mask (S, S), index and the names of what was skipped."
-    def __init__(self,
-                 samples,              # a sequence of `Sample`
-                 profile,              # `Profile`: crop and augmentation
-                 seed: int = 0,        # of order and augmentation
-                 on_error="stop",      # or "skip": what to do with a damaged file
-                ):
-        if on_error not in ("stop", "skip"): raise ValueError(f"on_error={on_error!r}: choose stop or skip")
-        self.samples, self.profile, self.seed, self.on_error = samples, profile, seed, on_error
+    """Augmented images by position: dicts of image (3, S, S), labels (C,), valid (S, S), mask (S, S), index
+    and the names of what was skipped."""
+
+    def __init__(
+        self,
+        samples,  # a sequence of `Sample`
+        profile,  # `Profile`: crop and augmentation
+        seed: int = 0,  # of order and augmentation
+        on_error="stop",  # or "skip": what to do with a damaged file
+    ):
+        if on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error={on_error!r}: choose stop or skip")
+        self.samples = samples
+        self.profile = profile
+        self.seed = seed
+        self.on_error = on_error
         self.order = Order(len(samples), seed)
 
-    def read(self, k):
-        "(image number, sample, names skipped) of a position. Raises ValueError for a damaged file, or where every file is."
-        skipped = []
-        for i in range(len(self.samples)):
-            index = self.order[k + i]
-            try: return index, self.samples[index], skipped
-            except ValueError as e:
-                if self.on_error == "stop": raise
-                skipped.append(str(e))
-        raise ValueError(f"no image of the data set can be read; the first error was: {skipped[0]}")
+# %% ../../nbs/appendix/c5_batches.ipynb #c287d984
+@patch
+def read(self: TrainingSet, k):
+    """(image number, sample, names skipped) of a position.
+    Raises ValueError for a damaged file, or where every file is."""
+    skipped = []
+    for i in range(len(self.samples)):
+        index = self.order[k + i]
+        try:
+            return index, self.samples[index], skipped
+        except ValueError as e:
+            if self.on_error == "stop":
+                raise
+            skipped.append(str(e))
+    raise ValueError(f"no image of the data set can be read; the first error was: {skipped[0]}")
 
-    def __getitem__(self, k):
-        p, (index, sample, skipped) = self.profile, self.read(k)
-        image, valid, mask = augment(sample.image, np.random.default_rng((self.seed, k)), p.crop, p.long_side, p.rescale, p.flip, sample.mask)
-        return dict(index=index, image=image, valid=valid, labels=multi_hot([sample], len(p.classes))[0], mask=torch.full(valid.shape, 255) if mask is None else mask.long(), skipped=skipped)
+# %% ../../nbs/appendix/c5_batches.ipynb #39596beb
+@patch
+def __getitem__(self: TrainingSet, k):
+    p, (index, sample, skipped) = self.profile, self.read(k)
+    image, valid, mask = augment(
+        sample.image,
+        np.random.default_rng((self.seed, k)),
+        p.crop,
+        p.long_side,
+        p.rescale,
+        p.flip,
+        sample.mask,
+    )
+    return dict(
+        index=index,
+        image=image,
+        valid=valid,
+        labels=multi_hot([sample], len(p.classes))[0],
+        mask=torch.full(valid.shape, 255) if mask is None else mask.long(),
+        skipped=skipped,
+    )
 
 # %% ../../nbs/appendix/c5_batches.ipynb #52900cb7
 def collate(items: list) -> dict:
     "Items of a `TrainingSet` as one batch."
     batch = {k: torch.stack([i[k] for i in items]) for k in ("image", "valid", "labels", "mask")}
-    return batch | dict(index=torch.tensor([i["index"] for i in items]), skipped=[n for i in items for n in i["skipped"]])
+    return batch | dict(
+        index=torch.tensor([i["index"] for i in items]), skipped=[n for i in items for n in i["skipped"]]
+    )
+
 
 def batches(
     data: TrainingSet,
-    first: int, last: int,   # iterations first, ..., last - 1
-    rank: int = 0, processes: int = 1,
-    workers: int = 0,        # processes that read ahead; 0 reads in this one
+    first: int,  # first iteration
+    last: int,  # the iteration after the last
+    rank: int = 0,
+    processes: int = 1,
+    workers: int = 0,  # processes that read ahead; 0 reads in this one
 ) -> DataLoader:
     "The batches of a span of iterations."
     plan = [list(positions(i, data.profile.batch, rank, processes)) for i in range(first, last)]
-    return DataLoader(data, batch_sampler=plan, num_workers=workers, collate_fn=collate, persistent_workers=False)
+    return DataLoader(
+        data, batch_sampler=plan, num_workers=workers, collate_fn=collate, persistent_workers=False
+    )

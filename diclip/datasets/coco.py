@@ -20,104 +20,159 @@ from .index import file_stamp, remember
 
 # %% ../../nbs/appendix/c2_coco.ipynb #aca223f3
 def paint_instances(
-    regions: list,    # of (H, W) bool arrays
-    values: list,     # of ints: c + 1 for an instance of class c, 255 for a crowd
-    shape: tuple,     # (H, W)
-) -> np.ndarray:      # (H, W) uint8: 0 background, c + 1 class c, 255 ignore
-    "One mask of overlapping instances: crowds below, then from large to small. Raises ValueError for a region of another size."
+    regions: list,  # of (H, W) bool arrays
+    values: list,  # of ints: c + 1 for an instance of class c, 255 for a crowd
+    shape: tuple,  # (H, W)
+) -> np.ndarray:  # (H, W) uint8: 0 background, c + 1 class c, 255 ignore
+    """One mask of overlapping instances: crowds below, then from large to small.
+    Raises ValueError for a region of another size."""
     mask = np.zeros(shape, np.uint8)
     if bad := [r.shape for r in regions if r.shape != tuple(shape)]:
-        raise ValueError(f"a region is {bad[0]} and its image {tuple(shape)}: they belong to different data sets")
-    for i in sorted(range(len(regions)), key=lambda i: (values[i] != 255, -regions[i].sum(), i)): mask[regions[i]] = values[i]
+        raise ValueError(
+            f"a region is {bad[0]} and its image {tuple(shape)}: they belong to different data sets"
+        )
+    for i in sorted(range(len(regions)), key=lambda i: (values[i] != 255, -regions[i].sum(), i)):
+        mask[regions[i]] = values[i]
     return mask
 
 # %% ../../nbs/appendix/c2_coco.ipynb #864a843a
-COCO_HELP = ("expected a folder with annotations/instances_train2014.json, annotations/instances_val2014.json, train2014 and val2014; "
-             "get it with diclip_data coco --root DIR")
+COCO_HELP = (
+    "expected a folder with annotations/instances_train2014.json, annotations/instances_val2014.json,"
+    " train2014 and val2014; get it with diclip_data coco --root DIR"
+)
 
-def read_annotations(path):      # a `pycocotools.coco.COCO`
+
+def read_annotations(path):  # a `pycocotools.coco.COCO`
     "COCO's annotation file. Raises ValueError for a file that is missing, truncated or something else."
     from pycocotools.coco import COCO as Annotations
+
     path = Path(path)
-    if not path.is_file(): raise ValueError(f"no annotation file {path.name}: {COCO_HELP}")
+    if not path.is_file():
+        raise ValueError(f"no annotation file {path.name}: {COCO_HELP}")
     try:
-        with redirect_stdout(io.StringIO()): api = Annotations(str(path))
-        if not (api.cats and api.imgs): raise ValueError("it lists no images or no categories")
+        with redirect_stdout(io.StringIO()):
+            api = Annotations(str(path))
+        if not (api.cats and api.imgs):
+            raise ValueError("it lists no images or no categories")
     except (ValueError, KeyError, TypeError, AssertionError) as e:
-        raise ValueError(f"cannot read {path.name} as COCO instances ({type(e).__name__}: {e}): the file is damaged or incomplete, unpack it again") from None
+        raise ValueError(
+            f"cannot read {path.name} as COCO instances ({type(e).__name__}: {e}): the file is damaged or"
+            " incomplete, unpack it again"
+        ) from None
     return api
 
 # %% ../../nbs/appendix/c2_coco.ipynb #d53f707b
 def image_level_labels(
-    api,              # from `read_annotations`
-) -> dict:            # {"classes": names in label order, "labels": {image id: sorted class indices}}
-    "Labels of all images from their instances and crowds. Raises ValueError for an annotation of a category that does not exist."
+    api,  # from `read_annotations`
+) -> dict:  # {"classes": names in label order, "labels": {image id: sorted class indices}}
+    """Labels of all images from their instances and crowds.
+    Raises ValueError for an annotation of a category that does not exist."""
     index = {k: c for c, k in enumerate(sorted(api.cats))}
     labels = {Path(api.imgs[k]["file_name"]).stem: set() for k in sorted(api.imgs)}
     for a in api.anns.values():
-        if a["category_id"] not in index: raise ValueError(f"annotation {a['id']} has category {a['category_id']}, which the file does not define: it is damaged, unpack it again")
-        if a["image_id"] in api.imgs: labels[Path(api.imgs[a["image_id"]]["file_name"]).stem].add(index[a["category_id"]])
-    return dict(classes=[api.cats[k]["name"] for k in index], labels={k: sorted(v) for k, v in labels.items()})
+        if a["category_id"] not in index:
+            raise ValueError(
+                f"annotation {a['id']} has category {a['category_id']}, which the file does not define: it is"
+                " damaged, unpack it again"
+            )
+        if a["image_id"] in api.imgs:
+            labels[Path(api.imgs[a["image_id"]]["file_name"]).stem].add(index[a["category_id"]])
+    return dict(
+        classes=[api.cats[k]["name"] for k in index], labels={k: sorted(v) for k, v in labels.items()}
+    )
 
 # %% ../../nbs/appendix/c2_coco.ipynb #d9cc372b
 class COCO(Sequence):
-    "COCO 2014, or any folder in its format. Raises ValueError for a folder that is not, or whose categories are not the classes."
+    """COCO 2014, or any folder in its format.
+    Raises ValueError for a folder that is not, or whose categories are not the classes."""
+
     def __init__(
         self,
-        root,                           # folder with annotations, train2014 and val2014
-        split: str,                     # "train" or "val"
-        n: int | None = None,           # only the first n images
+        root,  # folder with annotations, train2014 and val2014
+        split: str,  # "train" or "val"
+        n: int | None = None,  # only the first n images
         classes: tuple = COCO_CLASSES,  # names in label order, compared with the file's
-        masks: bool = True,             # False: samples carry labels and no mask
-        labelled: bool | None = None,   # only images with a label; None: in train, not in val
+        masks: bool = True,  # False: samples carry labels and no mask
+        labelled: bool | None = None,  # only images with a label; None: in train, not in val
     ):
-        if split not in ("train", "val"): raise ValueError(f"no split {split!r}: COCO 2014 has train and val, its test annotations are not public")
-        self.root, self.split, self.classes, self.masks = Path(root), split, tuple(classes), masks
+        if split not in ("train", "val"):
+            raise ValueError(f"no split {split!r}: COCO 2014 has train and val, its test is not public")
+        self.root = Path(root)
+        self.split = split
+        self.classes = tuple(classes)
+        self.masks = masks
         for f in ("annotations", f"{split}2014"):
-            if not (self.root / f).is_dir(): raise ValueError(f"{self.root.name} has no folder {f}: {COCO_HELP}")
+            if not (self.root / f).is_dir():
+                raise ValueError(f"{self.root.name} has no folder {f}: {COCO_HELP}")
         labels = self._labels()
         keep = split == "train" if labelled is None else labelled
         self.labels = {k: tuple(v) for k, v in labels.items() if v or not keep}
         self.ids = list(self.labels)[:n]
-        if not masks: self.__dict__.pop("api", None)
+        if not masks:
+            self.__dict__.pop("api", None)
 
-    def __len__(self): return len(self.ids)
-    def __getitem__(self, i): return [self.read(k) for k in self.ids[i]] if isinstance(i, slice) else self.read(self.ids[i])
-    def image_labels(self, progress=True) -> list: return [self.labels[k] for k in self.ids]
+    def __len__(self):
+        return len(self.ids)
 
-    @property
-    def file(self): return self.root / "annotations" / f"instances_{self.split}2014.json"
-
-    @cached_property
-    def api(self): return read_annotations(self.file)
+    def __getitem__(self, i):
+        return [self.read(k) for k in self.ids[i]] if isinstance(i, slice) else self.read(self.ids[i])
 
     @cached_property
-    def numbers(self): return {Path(f["file_name"]).stem: k for k, f in self.api.imgs.items()}
+    def api(self):
+        return read_annotations(self.file)
+
+    @cached_property
+    def numbers(self):
+        return {Path(f["file_name"]).stem: k for k, f in self.api.imgs.items()}
+
+# %% ../../nbs/appendix/c2_coco.ipynb #063d6024
+@patch
+def image_labels(self: COCO, progress=True) -> list:
+    return [self.labels[k] for k in self.ids]
+
+
+@patch(as_prop=True)
+def file(self: COCO):
+    return self.root / "annotations" / f"instances_{self.split}2014.json"
 
 # %% ../../nbs/appendix/c2_coco.ipynb #78878666
 @patch
 def _labels(self: COCO):
     "{id: labels} of the whole file, its categories compared with the classes."
     name = self.file.stem
-    found = remember(self.root, name, {name: file_stamp(self.file)}, lambda _: image_level_labels(self.api), progress=False)[name]
+    found = remember(
+        self.root, name, {name: file_stamp(self.file)}, lambda _: image_level_labels(self.api), progress=False
+    )[name]
     for i, (a, b) in enumerate(zip(found["classes"], self.classes)):
-        if a != b: raise ValueError(f"category {i} of {self.file.name} is {a!r} and class {i} is {b!r}: pass the file's own names in the order of their ids")
+        if a != b:
+            raise ValueError(
+                f"category {i} of {self.file.name} is {a!r} and class {i} is {b!r}: pass the file's own names"
+                " in the order of their ids"
+            )
     if len(found["classes"]) != len(self.classes):
-        raise ValueError(f"{self.file.name} has {len(found['classes'])} categories and there are {len(self.classes)} classes: pass the file's own names in the order of their ids")
+        raise ValueError(
+            f"{self.file.name} has {len(found['classes'])} categories and there are {len(self.classes)}"
+            " classes: pass the file's own names in the order of their ids"
+        )
     return found["labels"]
 
 # %% ../../nbs/appendix/c2_coco.ipynb #0747c253
 @patch
-def mask(self: COCO, name: str) -> np.ndarray:      # (H, W) uint8
+def mask(self: COCO, name: str) -> np.ndarray:  # (H, W) uint8
     "The mask of an image id. Raises ValueError for a region that cannot be decoded or that has another size."
     k, index = self.numbers[name], {c: i for i, c in enumerate(sorted(self.api.cats))}
     found, regions = self.api.imgToAnns[k], []
     for a in found:
-        try: regions.append(self.api.annToMask(a).astype(bool))
+        try:
+            regions.append(self.api.annToMask(a).astype(bool))
         except Exception as e:
-            raise ValueError(f"{name}: the region of annotation {a['id']} cannot be decoded ({e}): the annotation file is damaged, unpack it again") from None
+            raise ValueError(
+                f"{name}: the region of annotation {a['id']} cannot be decoded ({e}): the annotation file is"
+                " damaged, unpack it again"
+            ) from None
     values = [255 if a.get("iscrowd") else index[a["category_id"]] + 1 for a in found]
     return paint_instances(regions, values, (self.api.imgs[k]["height"], self.api.imgs[k]["width"]))
+
 
 @patch
 def read(self: COCO, name: str) -> Sample:
@@ -125,22 +180,32 @@ def read(self: COCO, name: str) -> Sample:
     image = read_image(self.root / f"{self.split}2014" / f"{name}.jpg")
     mask = self.mask(name) if self.masks else None
     if mask is not None and image.shape[:2] != mask.shape:
-        raise ValueError(f"{name}: the image is {image.shape[:2]} and its annotation {mask.shape}; they belong to different data sets")
+        raise ValueError(
+            f"{name}: the image is {image.shape[:2]} and its annotation {mask.shape}; they belong to"
+            " different data sets"
+        )
     return Sample(name, image, self.labels[name], mask)
 
 # %% ../../nbs/appendix/c2_coco.ipynb #e9797853
 def open_dataset(
-    profile,                     # a `diclip.config.Profile`
-    split: str,                  # "train", "train_aug", "val" or "test"
-    root=None,                   # data folder in VOC's or COCO's format; None for the mini world
-    n: int | None = None,        # only the first n
-    masks: bool = True,          # False: samples without masks (COCO keeps its labels, VOC's labels are its masks and go with them)
+    profile,  # a `diclip.config.Profile`
+    split: str,  # "train", "train_aug", "val" or "test"
+    root=None,  # data folder in VOC's or COCO's format; None for the mini world
+    n: int | None = None,  # only the first n
+    masks: bool = True,  # False: samples without masks (COCO keeps its labels, VOC's labels are its masks and go with them)
 ) -> Sequence:
-    "The samples of a split, whatever the folder's format. Raises ValueError as the data set's own class does."
+    """The samples of a split, whatever the folder's format.
+    Raises ValueError as the data set's own class does."""
     if root is None:
-        if tuple(profile.classes) == MiniWorld.classes: return MiniWorld(split, n)
-        raise ValueError(f"the classes of profile {profile.name!r} are not rendered: pass --data ROOT; {VOC_HELP}")
-    is_coco = any((Path(root) / f).is_dir() for f in ("train2014", "val2014")) or any(Path(root).glob("annotations/instances_*.json"))
-    if is_coco: return COCO(root, split, n, profile.classes, masks)
+        if tuple(profile.classes) == MiniWorld.classes:
+            return MiniWorld(split, n)
+        raise ValueError(
+            f"the classes of profile {profile.name!r} are not rendered: pass --data ROOT; {VOC_HELP}"
+        )
+    is_coco = any((Path(root) / f).is_dir() for f in ("train2014", "val2014")) or any(
+        Path(root).glob("annotations/instances_*.json")
+    )
+    if is_coco:
+        return COCO(root, split, n, profile.classes, masks)
     folder = "SegmentationClassAug" if split.endswith("_aug") else "SegmentationClass"
     return VOC(root, split, n, profile.classes, folder if masks else None)

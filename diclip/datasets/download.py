@@ -22,95 +22,166 @@ from ..world import CLASSES, SPLIT_SIZE
 @dataclass(frozen=True)
 class Archive:
     "A file to fetch, and how to know it."
-    urls: tuple       # tried in order
-    size: int         # bytes
-    md5: str          # published hash, 32 hexadecimal digits
-    holds: dict       # {folder under the root: number of files, once unpacked}
-    into: str = ""    # folder under the root in which it is unpacked
+
+    urls: tuple  # tried in order
+    size: int  # bytes
+    md5: str  # published hash, 32 hexadecimal digits
+    holds: dict  # {folder under the root: number of files, once unpacked}
+    into: str = ""  # folder under the root in which it is unpacked
 
     @property
-    def name(self): return self.urls[0].rsplit("/", 1)[-1]
+    def name(self):
+        return self.urls[0].rsplit("/", 1)[-1]
+
 
 _OXFORD, _COCO = "robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", "images.cocodataset.org"
-_coco = lambda path, size, md5, **holds: Archive((f"https://s3.amazonaws.com/{_COCO}/{path}", f"http://{_COCO}/{path}"), size, md5, {f"coco/{k}": v for k, v in holds.items()}, "coco")
+_coco = lambda path, size, md5, **holds: Archive(
+    (f"https://s3.amazonaws.com/{_COCO}/{path}", f"http://{_COCO}/{path}"),
+    size,
+    md5,
+    {f"coco/{k}": v for k, v in holds.items()},
+    "coco",
+)
 
 # %% ../../nbs/appendix/c6_download.ipynb #01756bec
+_BERKELEY = "Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz"
+_INSTANCES = "annotations/annotations_trainval2014.zip"
+
+
+def _in_voc(**counts):
+    return {f"VOCdevkit/VOC2012/{k}": n for k, n in counts.items()}
+
+
 ARCHIVES = dict(
-    voc=(Archive((f"https://thor.{_OXFORD}", f"http://host.{_OXFORD}"), 1_999_639_040, "6cd6e144f989b92b3379bac3b3de84fd",
-                 {f"VOCdevkit/VOC2012/{k}": n for k, n in dict(JPEGImages=17125, Annotations=17125, SegmentationClass=2913).items()}),),
-    sbd=(Archive(("https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",), 1_419_539_633,
-                 "82b4d87ceb2ed10f6038a1cba92111cb", {"benchmark_RELEASE/dataset/cls": 11355}),),
-    coco=(_coco("zips/train2014.zip", 13_510_573_713, "0da8c0bd3d6becc4dcb32757491aca88", train2014=82783),
-          _coco("zips/val2014.zip", 6_645_013_297, "a3d79f5ed8d289b7a7554ce06a5782b3", val2014=40504),
-          _coco("annotations/annotations_trainval2014.zip", 252_872_794, "0a379cfc70b0e71301e0f377548639bd", annotations=6)))
-FOLDERS = dict(voc="VOCdevkit/VOC2012", sbd="benchmark_RELEASE/dataset", coco="coco", mini="mini")   # under the root
+    voc=(
+        Archive(
+            (f"https://thor.{_OXFORD}", f"http://host.{_OXFORD}"),
+            1_999_639_040,
+            "6cd6e144f989b92b3379bac3b3de84fd",
+            _in_voc(JPEGImages=17125, Annotations=17125, SegmentationClass=2913),
+        ),
+    ),
+    sbd=(
+        Archive(
+            (f"https://www2.eecs.berkeley.edu/{_BERKELEY}",),
+            1_419_539_633,
+            "82b4d87ceb2ed10f6038a1cba92111cb",
+            {"benchmark_RELEASE/dataset/cls": 11355},
+        ),
+    ),
+    coco=(
+        _coco("zips/train2014.zip", 13_510_573_713, "0da8c0bd3d6becc4dcb32757491aca88", train2014=82783),
+        _coco("zips/val2014.zip", 6_645_013_297, "a3d79f5ed8d289b7a7554ce06a5782b3", val2014=40504),
+        _coco(_INSTANCES, 252_872_794, "0a379cfc70b0e71301e0f377548639bd", annotations=6),
+    ),
+)
+# under the root
+FOLDERS = dict(voc="VOCdevkit/VOC2012", sbd="benchmark_RELEASE/dataset", coco="coco", mini="mini")
 
 # %% ../../nbs/appendix/c6_download.ipynb #3a7b50a9
 def _receive(url, part, size, progress):
     "Append to `part` what is missing of a file of `size` bytes."
     from tqdm import tqdm
+
     have = part.stat().st_size if part.exists() else 0
-    if have == size: return
-    if have > size: have = 0
-    with urlopen(Request(url, headers={"User-Agent": "diclip", "Range": f"bytes={have}-"}), timeout=60) as answer:
-        if answer.status != 206: have = 0
+    if have == size:
+        return
+    if have > size:
+        have = 0
+    with urlopen(
+        Request(url, headers={"User-Agent": "diclip", "Range": f"bytes={have}-"}), timeout=60
+    ) as answer:
+        if answer.status != 206:
+            have = 0
         length = answer.headers.get("Content-Length")
-        if length and have + int(length) != size: raise OSError(f"the server offers {have + int(length)} bytes instead of {size}")
-        with open(part, "ab" if have else "wb") as f, tqdm(total=size, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=not progress) as bar:
+        if length and have + int(length) != size:
+            raise OSError(f"the server offers {have + int(length)} bytes instead of {size}")
+        with open(part, "ab" if have else "wb") as f, tqdm(
+            total=size, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=not progress
+        ) as bar:
             while block := answer.read(1 << 20):
                 f.write(block)
                 bar.update(len(block))
-    if part.stat().st_size != size: raise OSError(f"the connection broke off after {part.stat().st_size} of {size} bytes")
+    if part.stat().st_size != size:
+        raise OSError(f"the connection broke off after {part.stat().st_size} of {size} bytes")
 
 # %% ../../nbs/appendix/c6_download.ipynb #e7a9d297
 def _md5(path, progress):
     from tqdm import tqdm
+
     digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as f, tqdm(total=path.stat().st_size, desc=f"checking {path.stem}", unit="B", unit_scale=True, disable=not progress) as bar:
+    with open(path, "rb") as f, tqdm(
+        total=path.stat().st_size,
+        desc=f"checking {path.stem}",
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+    ) as bar:
         while block := f.read(1 << 22):
             digest.update(block)
             bar.update(len(block))
     return digest.hexdigest()
 
+
 def check_archive(
-    path,              # of the file
+    path,  # of the file
     archive: Archive,  # what it should be
-    progress=True,     # show a bar
+    progress=True,  # show a bar
 ) -> None:
-    "Compare a file with its published hash. A wrong one is renamed to NAME.bad, so that nothing takes it for good, and ValueError is raised."
-    if (found := _md5(path, progress)) == archive.md5: return
+    """Compare a file with its published hash. A wrong one is renamed to NAME.bad, so that nothing takes it
+    for good, and ValueError is raised."""
+    if (found := _md5(path, progress)) == archive.md5:
+        return
     bad = path.with_name(f"{archive.name}.bad")
     os.replace(path, bad)
-    raise ValueError(f"{archive.name} has MD5 {found} instead of the published {archive.md5}: it is damaged or another file, "
-                     f"and is now called {bad.name}; delete that and call diclip_data again to fetch a fresh copy")
+    raise ValueError(
+        f"{archive.name} has MD5 {found} instead of the published {archive.md5}: it is damaged or another"
+        f" file, and is now called {bad.name}; delete that and call diclip_data again to fetch a fresh copy"
+    )
 
 # %% ../../nbs/appendix/c6_download.ipynb #77c222e7
 def _try(archive, part, attempts, wait, progress):
     "Receive from any address; the reason where none delivers."
     for url in archive.urls:
         for k in range(attempts):
-            try: return _receive(url, part, archive.size, progress)
-            except URLError as e: reason = e; break            # nobody there, or not the file: to the next address
-            except (OSError, HTTPException) as e: reason = e   # broken off: again, after a while
-            if k < attempts - 1: time.sleep(wait * 2**k)
+            try:
+                return _receive(url, part, archive.size, progress)
+            except URLError as e:
+                reason = e
+                break  # nobody there, or not the file: to the next address
+            except (OSError, HTTPException) as e:
+                reason = e  # broken off: again, after a while
+            if k < attempts - 1:
+                time.sleep(wait * 2**k)
     return reason
 
 # %% ../../nbs/appendix/c6_download.ipynb #8829cd71
 def fetch(
     archive: Archive,
-    folder,            # where the file goes
-    attempts: int = 5, # at each address
-    wait: float = 3.,  # seconds before another attempt, doubled each time
-    progress=True,     # show bars
-) -> Path:             # the file, whole and checked
-    "Fetch an archive or the rest of it. Raises ValueError where no address answers, saying which file to put where, and for a wrong hash."
+    folder,  # where the file goes
+    attempts: int = 5,  # at each address
+    wait: float = 3.0,  # seconds before another attempt, doubled each time
+    progress=True,  # show bars
+) -> Path:  # the file, whole and checked
+    """Fetch an archive or the rest of it.
+    Raises ValueError where no address answers, saying which file to put where, and for a wrong hash."""
     target = Path(folder) / archive.name
     part = target.with_name(f"{archive.name}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists(): check_archive(target, archive, progress); return target
+    if target.exists():
+        check_archive(target, archive, progress)
+        return target
     if reason := _try(archive, part, attempts, wait, progress):
-        kept = f" ({part.stat().st_size} of {archive.size} bytes are kept in {part.name}, a later call continues there)" if part.exists() else ""
-        raise ValueError(f"cannot fetch {archive.name}: {reason}{kept}. Without a network, get {archive.urls[0]} elsewhere, put it at {target} and call diclip_data again")
+        kept = (
+            f" ({part.stat().st_size} of {archive.size} bytes are kept in {part.name}, a later call continues"
+            " there)"
+            if part.exists()
+            else ""
+        )
+        raise ValueError(
+            f"cannot fetch {archive.name}: {reason}{kept}. Without a network, get {archive.urls[0]}"
+            f" elsewhere, put it at {target} and call diclip_data again"
+        )
     check_archive(part, archive, progress)
     os.replace(part, target)
     return target
@@ -121,103 +192,150 @@ def _members(path):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
             for m in z.infolist():
-                if m.filename.startswith(("/", "\\")) or ".." in Path(m.filename).parts or ":" in m.filename: raise tarfile.FilterError(m.filename)
+                if m.filename.startswith(("/", "\\")) or ".." in Path(m.filename).parts or ":" in m.filename:
+                    raise tarfile.FilterError(m.filename)
                 yield lambda to: z.extract(m, to)
     else:
         with tarfile.open(path) as t:
-            for m in t: yield lambda to: t.extract(m, to, filter="data")
+            for m in t:
+                yield lambda to: t.extract(m, to, filter="data")
 
 # %% ../../nbs/appendix/c6_download.ipynb #0dcfa515
 def unpack(
-    path,            # a .zip, .tar or .tgz file
-    folder,          # where its members go
-    progress=True,   # show a bar over members
+    path,  # a .zip, .tar or .tgz file
+    folder,  # where its members go
+    progress=True,  # show a bar over members
 ) -> None:
-    "Unpack an archive, file by whole file. Raises ValueError for a damaged archive and for members that would land outside of the folder."
+    """Unpack an archive, file by whole file.
+    Raises ValueError for a damaged archive and for members that would land outside of the folder."""
     from tqdm import tqdm
+
     path, folder = Path(path), Path(folder)
     staging = folder / f"{path.name}.unpacking"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        for extract in tqdm(_members(path), desc=f"unpacking {path.stem}", disable=not progress, unit="file"): extract(staging)
+        for extract in tqdm(_members(path), desc=f"unpacking {path.stem}", disable=not progress, unit="file"):
+            extract(staging)
         for f in [f for f in staging.rglob("*") if not f.is_dir()]:
             target = folder / f.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(f, target)
-    except tarfile.FilterError as e: raise ValueError(f"{path.name} wants to write outside of its folder ({e}): do not trust it, get the archive from its official address") from None
+    except tarfile.FilterError as e:
+        raise ValueError(
+            f"{path.name} wants to write outside of its folder ({e}): do not trust it, get the archive from"
+            " its official address"
+        ) from None
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as e:
-        raise ValueError(f"{path.name} cannot be unpacked ({e}): it is damaged, delete it and call diclip_data again") from None
-    finally: shutil.rmtree(staging, ignore_errors=True)
+        raise ValueError(
+            f"{path.name} cannot be unpacked ({e}): it is damaged, delete it and call diclip_data again"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 # %% ../../nbs/appendix/c6_download.ipynb #f24a2816
 def missing_files(
     archive: Archive,
-    root,            # folder given to diclip_data
-) -> dict:           # {folder: (files found, files expected)} of the incomplete ones
+    root,  # folder given to diclip_data
+) -> dict:  # {folder: (files found, files expected)} of the incomplete ones
     "Which folders of an unpacked archive are incomplete."
     count = lambda f: sum(1 for _ in os.scandir(f)) if f.is_dir() else 0
     return {f: (found, n) for f, n in archive.holds.items() if (found := count(Path(root) / f)) < n}
 
+
 def verify_data(
-    name: str,       # "voc", "sbd" or "coco"
-    root,            # folder given to diclip_data
-    progress=True,   # show bars
+    name: str,  # "voc", "sbd" or "coco"
+    root,  # folder given to diclip_data
+    progress=True,  # show bars
 ) -> None:
-    "Check what is there and fetch nothing. Raises ValueError for an archive with a wrong hash and for incomplete folders."
+    """Check what is there and fetch nothing.
+    Raises ValueError for an archive with a wrong hash and for incomplete folders."""
     for a in ARCHIVES[name]:
         path = Path(root) / a.name
-        if path.exists(): check_archive(path, a, progress)
+        if path.exists():
+            check_archive(path, a, progress)
         print(f"{a.name}: " + ("the published MD5" if path.exists() else "not kept, nothing to check"))
     if bad := {f: v for a in ARCHIVES[name] for f, v in missing_files(a, root).items()}:
-        raise ValueError("; ".join(f"{f} has {i} of {n} files" for f, (i, n) in bad.items()) + f": call diclip_data {name} without --verify")
+        raise ValueError(
+            "; ".join(f"{f} has {i} of {n} files" for f, (i, n) in bad.items())
+            + f": call diclip_data {name} without --verify"
+        )
     print(f"{name}: all folders are complete")
 
 # %% ../../nbs/appendix/c6_download.ipynb #6932d2a5
 def _room(archives, root):
-    need = sum(2 * a.size for a in archives) - sum(p.stat().st_size for a in archives for p in (root / a.name, root / f"{a.name}.part") if p.exists())
+    need = sum(2 * a.size for a in archives) - sum(
+        p.stat().st_size for a in archives for p in (root / a.name, root / f"{a.name}.part") if p.exists()
+    )
     if (free := shutil.disk_usage(root).free) < need:
-        raise ValueError(f"{root} has {free / 1e9:.1f} GB free and {need / 1e9:.1f} GB are needed for archives and folders: make room or choose another --root")
+        raise ValueError(
+            f"{root} has {free / 1e9:.1f} GB free and {need / 1e9:.1f} GB are needed for archives and"
+            " folders: make room or choose another --root"
+        )
+
 
 def _mini(root, n, progress):
     from tqdm import tqdm
+
     for split, size in SPLIT_SIZE.items():
-        export_voc([s for s in tqdm(MiniWorld(split, min(n or size, size)), desc=split, disable=not progress, unit="scene")], root, split)
+        export_voc(
+            [
+                s
+                for s in tqdm(
+                    MiniWorld(split, min(n or size, size)), desc=split, disable=not progress, unit="scene"
+                )
+            ],
+            root,
+            split,
+        )
     return root
 
 # %% ../../nbs/appendix/c6_download.ipynb #696dfa60
 def get_data(
-    name: str,               # "voc", "sbd", "coco" or "mini"
-    root,                    # folder for archives and data
-    n: int | None = None,    # mini: scenes a split, None for all
-    progress=True,           # show bars
-    **options,               # of `fetch`
-) -> Path:                   # the folder that `VOC`, `sbd_to_voc` or `COCO` read
-    "Fetch, check and unpack what is missing of a data set. Raises ValueError as `fetch` and `unpack` do, for a full disk, and for sbd without voc."
+    name: str,  # "voc", "sbd", "coco" or "mini"
+    root,  # folder for archives and data
+    n: int | None = None,  # mini: scenes a split, None for all
+    progress=True,  # show bars
+    **options,  # of `fetch`
+) -> Path:  # the folder that `VOC`, `sbd_to_voc` or `COCO` read
+    """Fetch, check and unpack what is missing of a data set.
+    Raises ValueError as `fetch` and `unpack` do, for a full disk, and for sbd without voc."""
     root = Path(root)
-    if name not in FOLDERS: raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(FOLDERS)}")
-    if name == "mini": return _mini(root / FOLDERS["mini"], n, progress)
-    if name == "sbd" and not (voc := root / FOLDERS["voc"]).is_dir(): raise ValueError(f"SBD extends VOC, and there is no {voc}: call diclip_data voc --root {root} first")
+    if name not in FOLDERS:
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(FOLDERS)}")
+    if name == "mini":
+        return _mini(root / FOLDERS["mini"], n, progress)
+    if name == "sbd" and not (voc := root / FOLDERS["voc"]).is_dir():
+        raise ValueError(f"SBD extends VOC, and there is no {voc}: call diclip_data voc --root {root} first")
     root.mkdir(parents=True, exist_ok=True)
     todo = [a for a in ARCHIVES[name] if missing_files(a, root)]
     _room(todo, root)
     for a in todo:
         unpack(fetch(a, root, progress=progress, **options), root / a.into, progress)
-        if bad := missing_files(a, root): raise ValueError(f"{a.name} is unpacked, but {', '.join(bad)} is incomplete: delete {a.name} and call diclip_data again")
-    if name == "sbd": sbd_to_voc(root / FOLDERS["sbd"], voc, progress)
+        if bad := missing_files(a, root):
+            raise ValueError(
+                f"{a.name} is unpacked, but {', '.join(bad)} is incomplete: delete {a.name} and call"
+                " diclip_data again"
+            )
+    if name == "sbd":
+        sbd_to_voc(root / FOLDERS["sbd"], voc, progress)
     return root / FOLDERS[name]
 
 # %% ../../nbs/appendix/c6_download.ipynb #cbccb641
 @call_parse
 def diclip_data(
-    name: str,             # "voc", "sbd" (after voc), "coco" or "mini"
-    root: str = "data",    # folder for archives and data
+    name: str,  # "voc", "sbd" (after voc), "coco" or "mini"
+    root: str = "data",  # folder for archives and data
     verify: bool = False,  # check hashes and counts of what is there, fetch nothing
-    n: int = 0,            # mini: scenes a split, 0 for all
+    n: int = 0,  # mini: scenes a split, 0 for all
 ):
     "Fetch, check and unpack a data set, or say what to put where"
     try:
-        if not verify: print(f"ready: {get_data(name, root, n or None)}")
-        elif name in ARCHIVES: verify_data(name, root)
-        else: print({s: len(VOC(Path(root) / FOLDERS["mini"], s, classes=CLASSES)) for s in SPLIT_SIZE})
-    except (ValueError, OSError) as e: raise SystemExit(f"diclip_data: {e}") from None
+        if not verify:
+            print(f"ready: {get_data(name, root, n or None)}")
+        elif name in ARCHIVES:
+            verify_data(name, root)
+        else:
+            print({s: len(VOC(Path(root) / FOLDERS["mini"], s, classes=CLASSES)) for s in SPLIT_SIZE})
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"diclip_data: {e}") from None

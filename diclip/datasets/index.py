@@ -18,64 +18,88 @@ from fastcore.basics import patch
 from .. import shapes, world
 from ..data import VOC, MiniWorld
 from ..engine.files import write_atomic
+
 _all_ = ["write_atomic"]
 
 # %% ../../nbs/appendix/c1_index.ipynb #13cd7636
 def file_stamp(
-    path,          # of a file
-    *facts,        # anything else that the value depends on
-) -> str | None:   # None where there is no file
+    path,  # of a file
+    *facts,  # anything else that the value depends on
+) -> str | None:  # None where there is no file
     "Size, modification time and facts, as one string."
-    try: s = os.stat(path)
-    except FileNotFoundError: return None
+    try:
+        s = os.stat(path)
+    except FileNotFoundError:
+        return None
     return ":".join(map(str, (s.st_size, s.st_mtime_ns, *facts)))
 
+
 def index_places(
-    root,          # of the data; None for data that lie nowhere
-    name: str,     # of the index
-) -> list:         # of paths, the preferred one first
+    root,  # of the data; None for data that lie nowhere
+    name: str,  # of the index
+) -> list:  # of paths, the preferred one first
     "Where an index may be: beside the data, or in the user's cache folder where the data are read-only."
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diclip"
-    if root is None: return [user / f"{name}.json"]
+    if root is None:
+        return [user / f"{name}.json"]
     root = Path(root).resolve()
-    return [root / "diclip_index" / f"{name}.json", user / hashlib.sha256(str(root).encode()).hexdigest()[:12] / f"{name}.json"]
+    return [
+        root / "diclip_index" / f"{name}.json",
+        user / hashlib.sha256(str(root).encode()).hexdigest()[:12] / f"{name}.json",
+    ]
 
 # %% ../../nbs/appendix/c1_index.ipynb #0f783ab1
 def _read(path):
-    try: found = json.loads(path.read_text())
-    except (OSError, ValueError): return {}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
     return found if isinstance(found, dict) else {}
+
 
 def _save(places, entries):
     for path in places:
-        try: return write_atomic(path, lambda p: p.write_text(json.dumps(entries)))
-        except OSError: pass
+        try:
+            return write_atomic(path, lambda p: p.write_text(json.dumps(entries)))
+        except OSError:
+            pass
 
 # %% ../../nbs/appendix/c1_index.ipynb #760403de
 def remember(
-    root,             # of the data; None for data that lie nowhere
-    name: str,        # of the index
-    stamps: dict,     # {key: stamp of what the value is made from}
-    make,             # key -> its value, anything that JSON can hold
-    progress=True,    # show a bar over the values that have to be made
-) -> dict:            # {key: value}
-    "Values from the index, made where they are missing or their stamp has changed. Raises what `make` raises, and keeps what was made before."
+    root,  # of the data; None for data that lie nowhere
+    name: str,  # of the index
+    stamps: dict,  # {key: stamp of what the value is made from}
+    make,  # key -> its value, anything that JSON can hold
+    progress=True,  # show a bar over the values that have to be made
+) -> dict:  # {key: value}
+    """Values from the index, made where they are missing or their stamp has changed.
+    Raises what `make` raises, and keeps what was made before."""
     places = index_places(root, name)
     entries = {k: v for path in reversed(places) for k, v in _read(path).items()}
     fresh = lambda k: isinstance(e := entries.get(k), list) and len(e) == 2 and e[0] == stamps[k] is not None
     if todo := [k for k in stamps if not fresh(k)]:
         from tqdm import tqdm
+
         try:
-            for k in tqdm(todo, desc=f"index of {name}", disable=not progress, unit="entry"): entries[k] = [stamps[k], make(k)]
-        finally: _save(places, entries)
+            for k in tqdm(todo, desc=f"index of {name}", disable=not progress, unit="entry"):
+                entries[k] = [stamps[k], make(k)]
+        finally:
+            _save(places, entries)
     return {k: entries[k][1] for k in stamps}
 
 # %% ../../nbs/appendix/c1_index.ipynb #d659269d
 @patch
 def image_labels(self: VOC, progress=True) -> list:
-    "Labels of every image, in order, from its mask. Raises ValueError as `VOC.mask` does, and for a list that is read without masks."
-    if self.masks is None: raise ValueError(f"{self.split} is read without masks, so its labels are unknown: name the folder of its masks with masks=")
-    present = lambda name: [int(v) - 1 for v in np.flatnonzero(np.bincount(self.mask(name).ravel(), minlength=256)) if 0 < v < 255]
+    """Labels of every image, in order, from its mask.
+    Raises ValueError as `VOC.mask` does, and for a list that is read without masks."""
+    if self.masks is None:
+        raise ValueError(
+            f"{self.split} is read without masks, so its labels are unknown: name the folder of its masks"
+            " with masks="
+        )
+    present = lambda name: [
+        int(v) - 1 for v in np.flatnonzero(np.bincount(self.mask(name).ravel(), minlength=256)) if 0 < v < 255
+    ]
     stamps = {i: file_stamp(self.root / self.masks / f"{i}.png", len(self.classes)) for i in self.ids}
     found = remember(self.root, self.masks, stamps, present, progress)
     return [tuple(found[i]) for i in self.ids]
@@ -91,13 +115,16 @@ def _renderer():
 def image_labels(self: MiniWorld, progress=True) -> list:
     "Labels of every scene, in order."
     keys = {f"{self.split}_{i:04d}": i for i in range(self.n)}
-    found = remember(None, "mini_world", dict.fromkeys(keys, _renderer()), lambda k: list(self[keys[k]].labels), progress)
+    found = remember(
+        None, "mini_world", dict.fromkeys(keys, _renderer()), lambda k: list(self[keys[k]].labels), progress
+    )
     return [tuple(found[k]) for k in keys]
 
 # %% ../../nbs/appendix/c1_index.ipynb #1a43f335
 def labels_of(
-    dataset,        # `VOC`, `COCO`, `MiniWorld`, or any sequence of samples
+    dataset,  # `VOC`, `COCO`, `MiniWorld`, or any sequence of samples
     progress=True,  # show a bar while an index is made
-) -> list:          # one tuple of sorted class indices an image, in order
-    "The image-level labels of a data set, without reading its images where it has an index. Raises ValueError for broken annotations."
+) -> list:  # one tuple of sorted class indices an image, in order
+    """The image-level labels of a data set, without reading its images where it has an index.
+    Raises ValueError for broken annotations."""
     return dataset.image_labels(progress) if hasattr(dataset, "image_labels") else [s.labels for s in dataset]

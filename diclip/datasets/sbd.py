@@ -17,67 +17,107 @@ from ..engine.files import write_atomic
 
 # %% ../../nbs/appendix/c3_sbd.ipynb #21f80b47
 def read_sbd(
-    path,                              # of a file cls/NAME.mat
+    path,  # of a file cls/NAME.mat
     num_classes: int = len(VOC_CLASSES),  # largest class id that may occur
-) -> np.ndarray:                       # (H, W) uint8: 0 background, c + 1 class c
+) -> np.ndarray:  # (H, W) uint8: 0 background, c + 1 class c
     "The mask of an SBD file. Raises ValueError for a file that is missing, damaged or of other classes."
     from scipy.io import loadmat
+
     path = Path(path)
-    if not path.is_file(): raise ValueError(f"no file {path.name} in {path.parent.name}: {SBD_HELP}")
-    try: mask = np.asarray(loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0])
-    except Exception as e:             # a damaged file fails in scipy in many ways
-        raise ValueError(f"cannot read {path.name} as a mask of SBD ({type(e).__name__}: {e}): the file is damaged or incomplete, unpack SBD again") from None
-    if mask.ndim != 2 or mask.size == 0: raise ValueError(f"the mask in {path.name} is {mask.shape}, not (H, W): the file is not SBD's, unpack SBD again")
-    if mask.max() > num_classes: raise ValueError(f"{path.name} has class {mask.max()}, but there are {num_classes} classes: it belongs to another data set")
+    if not path.is_file():
+        raise ValueError(f"no file {path.name} in {path.parent.name}: {SBD_HELP}")
+    try:
+        mask = np.asarray(loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0])
+    except Exception as e:  # a damaged file fails in scipy in many ways
+        raise ValueError(
+            f"cannot read {path.name} as a mask of SBD ({type(e).__name__}: {e}): the file is damaged or"
+            " incomplete, unpack SBD again"
+        ) from None
+    if mask.ndim != 2 or mask.size == 0:
+        raise ValueError(
+            f"the mask in {path.name} is {mask.shape}, not (H, W): the file is not SBD's, unpack SBD again"
+        )
+    if mask.max() > num_classes:
+        raise ValueError(
+            f"{path.name} has class {mask.max()}, but there are {num_classes} classes: it belongs to another"
+            " data set"
+        )
     return mask.astype(np.uint8)
 
-SBD_HELP = "expected SBD's folder benchmark_RELEASE/dataset with cls, train.txt and val.txt; get it with diclip_data sbd --root DIR"
+
+SBD_HELP = (
+    "expected SBD's folder benchmark_RELEASE/dataset with cls, train.txt and val.txt; get it with diclip_data"
+    " sbd --root DIR"
+)
 
 # %% ../../nbs/appendix/c3_sbd.ipynb #c571df81
 def _names(path, help):
-    if not path.is_file(): raise ValueError(f"no list {path.name} in {path.parent.name}: {help}")
+    if not path.is_file():
+        raise ValueError(f"no list {path.name} in {path.parent.name}: {help}")
     return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+
 
 def _sbd_folder(root):
     "The folder with cls, wherever in the release `root` points to."
     for f in (Path(root), Path(root) / "dataset", Path(root) / "benchmark_RELEASE/dataset"):
-        if (f / "cls").is_dir(): return f
+        if (f / "cls").is_dir():
+            return f
     raise ValueError(f"{Path(root).name} has no folder cls: {SBD_HELP}")
 
 # %% ../../nbs/appendix/c3_sbd.ipynb #883fbf7a
 def train_aug_ids(
-    sbd_root,      # SBD's folder, or one above it
-    voc_root,      # VOCdevkit/VOC2012
-) -> list:         # sorted ids
+    sbd_root,  # SBD's folder, or one above it
+    voc_root,  # VOCdevkit/VOC2012
+) -> list:  # sorted ids
     "VOC train + SBD train + SBD val - VOC val. Raises ValueError for a missing list."
     sbd, lists = _sbd_folder(sbd_root), Path(voc_root) / "ImageSets/Segmentation"
-    both = {n for path in (lists / "train.txt", sbd / "train.txt", sbd / "val.txt") for n in _names(path, VOC_HELP if path.parent == lists else SBD_HELP)}
+    both = {
+        n
+        for path in (lists / "train.txt", sbd / "train.txt", sbd / "val.txt")
+        for n in _names(path, VOC_HELP if path.parent == lists else SBD_HELP)
+    }
     return sorted(both - set(_names(lists / "val.txt", VOC_HELP)))
 
 # %% ../../nbs/appendix/c3_sbd.ipynb #71653c7e
 def _convert(name, sbd, voc, num_classes):
     "One mask of SBD, compared with its image's size."
     mask, image = read_sbd(sbd / "cls" / f"{name}.mat", num_classes), voc / "JPEGImages" / f"{name}.jpg"
-    if not image.is_file(): raise ValueError(f"no image {image.name} in JPEGImages: {VOC_HELP}")
-    with Image.open(image) as im: size = im.size[::-1]
-    if size != mask.shape: raise ValueError(f"{name}: the image is {size} and SBD's mask {mask.shape}; they belong to different data sets")
+    if not image.is_file():
+        raise ValueError(f"no image {image.name} in JPEGImages: {VOC_HELP}")
+    with Image.open(image) as im:
+        size = im.size[::-1]
+    if size != mask.shape:
+        raise ValueError(
+            f"{name}: the image is {size} and SBD's mask {mask.shape}; they belong to different data sets"
+        )
     return mask
 
 # %% ../../nbs/appendix/c3_sbd.ipynb #67bfc5ba
 def sbd_to_voc(
-    sbd_root,         # SBD's folder benchmark_RELEASE/dataset, or one above it
-    voc_root,         # VOCdevkit/VOC2012, which gets SegmentationClassAug and train_aug.txt
-    progress=True,    # show a bar over masks
+    sbd_root,  # SBD's folder benchmark_RELEASE/dataset, or one above it
+    voc_root,  # VOCdevkit/VOC2012, which gets SegmentationClassAug and train_aug.txt
+    progress=True,  # show a bar over masks
     num_classes: int = len(VOC_CLASSES),  # largest class id that may occur
-) -> Path:            # the list train_aug.txt
-    "SBD's masks in VOC's format, beside VOC's own; continues after an interruption. Raises ValueError for folders that are not SBD and VOC, or do not fit."
+) -> Path:  # the list train_aug.txt
+    """SBD's masks in VOC's format, beside VOC's own; continues after an interruption.
+    Raises ValueError for folders that are not SBD and VOC, or do not fit."""
     from tqdm import tqdm
+
     sbd, voc = _sbd_folder(sbd_root), Path(voc_root)
-    ids, own, out = train_aug_ids(sbd, voc), voc / "SegmentationClass", voc / "SegmentationClassAug"
+    ids = train_aug_ids(sbd, voc)
+    own = voc / "SegmentationClass"
+    out = voc / "SegmentationClassAug"
     names = sorted({*ids, *_names(voc / "ImageSets/Segmentation/val.txt", VOC_HELP)})
     for name in tqdm(names, desc="SegmentationClassAug", disable=not progress, unit="mask"):
         target, mine = out / f"{name}.png", own / f"{name}.png"
-        if target.is_file() and target.stat().st_size: continue
-        if mine.is_file(): write_atomic(target, lambda p: shutil.copyfile(mine, p))
-        else: write_atomic(target, lambda p: palette_image(_convert(name, sbd, voc, num_classes)).save(p, "PNG"))
-    return write_atomic(voc / "ImageSets/Segmentation/train_aug.txt", lambda p: p.write_text("\n".join(ids) + "\n"))
+        if target.is_file() and target.stat().st_size:
+            continue
+        if mine.is_file():
+            write_atomic(target, lambda p: shutil.copyfile(mine, p))
+        else:
+            write_atomic(
+                target, lambda p: palette_image(_convert(name, sbd, voc, num_classes)).save(p, "PNG")
+            )
+    return write_atomic(
+        voc / "ImageSets/Segmentation/train_aug.txt", lambda p: p.write_text("\n".join(ids) + "\n")
+    )

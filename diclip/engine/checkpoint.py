@@ -18,39 +18,54 @@ def write_json(path, record):
     "Write JSON under a temporary name, then rename."
     write_atomic(path, lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
 
+
 def read_log(folder) -> list:
     "The lines of a training's log.jsonl as dictionaries; an empty list where none was written yet."
     path = Path(folder) / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+
 def save_checkpoint(
-    folder,            # where the current checkpoint lives
-    tensors: dict,     # name -> tensor
-    state: dict,       # anything that JSON can hold; must have "iteration"
+    folder,  # where the current checkpoint lives
+    tensors: dict,  # name -> tensor
+    state: dict,  # anything that JSON can hold; must have "iteration"
 ):
     "Make this the folder's checkpoint; a kill at any moment leaves the old one or the new one."
     folder = Path(folder)
     name = f"checkpoint-{state['iteration']:07d}.safetensors"
-    write_atomic(folder / name, lambda p: save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, p))
+    write_atomic(
+        folder / name,
+        lambda p: save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, p),
+    )
     write_json(folder / "checkpoint.json", dict(state, tensors=name))
     for old in folder.glob("checkpoint-*.safetensors"):
-        if old.name != name: old.unlink()
+        if old.name != name:
+            old.unlink()
 
 # %% ../../nbs/appendix/a2_checkpoint.ipynb #e3571933
-def load_checkpoint(folder) -> tuple:   # tensors, state
+def load_checkpoint(folder) -> tuple:  # tensors, state
     "The folder's checkpoint; ({}, {}) where there is none. Raises ValueError where it is damaged."
     path = Path(folder) / "checkpoint.json"
-    if not path.exists(): return {}, {}
+    if not path.exists():
+        return {}, {}
     try:
         state = json.loads(path.read_text())
         return load_file(path.parent / state["tensors"]), state
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as e:
-        raise ValueError(f"the checkpoint in {path.parent.name} is damaged ({type(e).__name__}): restore the folder from a copy, or start in a new one") from None
+        raise ValueError(
+            f"the checkpoint in {path.parent.name} is damaged ({type(e).__name__}):"
+            " restore the folder from a copy, or start in a new one"
+        ) from None
 
 # %% ../../nbs/appendix/a2_checkpoint.ipynb #f797d718
 def optimizer_tensors(optimizer) -> dict:
     "The state of an optimizer as {'<parameter number>.<name>': tensor}."
-    return {f"{i}.{k}": torch.as_tensor(v) for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+    return {
+        f"{i}.{k}": torch.as_tensor(v)
+        for i, s in optimizer.state_dict()["state"].items()
+        for k, v in s.items()
+    }
+
 
 def restore_optimizer(optimizer, tensors: dict):
     "Give an optimizer back what `optimizer_tensors` took; {} leaves it as it is."
@@ -58,8 +73,10 @@ def restore_optimizer(optimizer, tensors: dict):
     for k, v in tensors.items():
         i, name = k.split(".")
         state.setdefault(int(i), {})[name] = v
-    if state: optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if state:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
 
 def part(tensors: dict, name: str) -> dict:
     "The tensors whose names begin with `name.`, without it."
-    return {k[len(name)+1:]: v for k, v in tensors.items() if k.startswith(name + ".")}
+    return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}

@@ -15,21 +15,27 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #02b734b2
-def conv_bn(inp, out, stride=1): # input channels, output channels, stride
+def conv_bn(inp, out, stride=1):  # input channels, output channels, stride
     "A 3x3 convolution and its batch norm: the bricks of `ConvStem`."
     return nn.Sequential(nn.Conv2d(inp, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out))
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #5146cc1d
 class ConvStem(nn.Module):
-    "A convolutional patch embedding: (B, 3, H, W) -> (B, out, H/patch, W/patch), in the place of `visual.conv1`."
-    def __init__(self,
-                 widths=(24, 64), # channels of the stride-2 steps before the last one
-                 out=128,         # the transformer's width
-                 patch=8,         # total stride, 2 ** (len(widths) + 1)
-                ):
+    """A convolutional patch embedding: (B, 3, H, W) -> (B, out, H/patch, W/patch), in the place of
+    `visual.conv1`."""
+
+    def __init__(
+        self,
+        widths=(24, 64),  # channels of the stride-2 steps before the last one
+        out=128,  # the transformer's width
+        patch=8,  # total stride, 2 ** (len(widths) + 1)
+    ):
         super().__init__()
         if patch != 2 ** (len(widths) + 1):
-            raise ValueError(f"{len(widths)} widths make a total stride of {2 ** (len(widths) + 1)}, not {patch}: give log2(patch) - 1 widths.")
+            raise ValueError(
+                f"{len(widths)} widths make a total stride of {2 ** (len(widths) + 1)}, not {patch}: give"
+                " log2(patch) - 1 widths."
+            )
         ch = (3, *widths, out)
         self.down = nn.Sequential(*[nn.Sequential(conv_bn(i, o, 2), nn.GELU()) for i, o in zip(ch, ch[1:])])
         self.res = nn.Sequential(conv_bn(out, out), nn.GELU(), conv_bn(out, out))
@@ -40,14 +46,18 @@ class ConvStem(nn.Module):
         return self.proj(F.gelu(x + self.res(x)))
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #d5f7679a
-def mini_clip(config: dict # "model_cfg" as open_clip writes it; optional "stem": {"widths": [...]}
-             ): # open_clip.CLIP with random weights
-    "An `open_clip.CLIP` from its config; the key \"stem\" swaps `visual.conv1` for a `ConvStem`."
+def mini_clip(
+    config: dict,  # "model_cfg" as open_clip writes it; optional "stem": {"widths": [...]}
+):  # open_clip.CLIP with random weights
+    'An `open_clip.CLIP` from its config; the key "stem" swaps `visual.conv1` for a `ConvStem`.'
     import open_clip
+
     model = open_clip.CLIP(**config["model_cfg"])
     if config.get("stem"):
         vision = model.visual
-        vision.conv1 = ConvStem(tuple(config["stem"]["widths"]), vision.conv1.out_channels, vision.patch_size[0])
+        vision.conv1 = ConvStem(
+            tuple(config["stem"]["widths"]), vision.conv1.out_channels, vision.patch_size[0]
+        )
     return model
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #99ab3580
@@ -55,89 +65,148 @@ class WeightsError(OSError):
     "Model weights that are missing, damaged or do not fit; the message says how to get them."
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #83508a64
-def load_tokenizer(bpe,          # path of gzipped merges (a header line, then one merge a line), or None for open_clip's own
-                   config: dict, # the model's config; its text_cfg fixes context_length and vocab_size
-                  ): # callable: list of str -> (n, context_length) token ids
-    "open_clip's `SimpleTokenizer` with the merges of `bpe`. Raises ValueError if the vocabulary does not fit the model."
+def load_tokenizer(
+    bpe,  # path of gzipped merges (a header line, then one merge a line), or None for open_clip's own
+    config: dict,  # the model's config; its text_cfg fixes context_length and vocab_size
+):  # callable: list of str -> (n, context_length) token ids
+    """open_clip's `SimpleTokenizer` with the merges of `bpe`.
+    Raises ValueError if the vocabulary does not fit the model."""
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
+
     text, bpe = config["model_cfg"]["text_cfg"], str(bpe or default_bpe())
-    try: tokenizer = SimpleTokenizer(bpe_path=bpe, context_length=text.get("context_length", 77))
+    try:
+        tokenizer = SimpleTokenizer(bpe_path=bpe, context_length=text.get("context_length", 77))
     except (OSError, EOFError, UnicodeDecodeError) as e:
-        raise WeightsError(f"{Path(bpe).name} is missing or damaged ({e}): copy it again from where the model came.") from e
+        raise WeightsError(
+            f"{Path(bpe).name} is missing or damaged ({e}): copy it again from where the model came."
+        ) from e
     size = text.get("vocab_size", 49408)
     if tokenizer.vocab_size != size:
-        raise ValueError(f"{Path(bpe).name} makes {tokenizer.vocab_size} tokens, the model has vocab_size {size}: use the merges it was trained with.")
+        raise ValueError(
+            f"{Path(bpe).name} makes {tokenizer.vocab_size} tokens, the model has vocab_size {size}: use the"
+            " merges it was trained with."
+        )
     return tokenizer
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #8d2b7f8b
 SAFE_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 
-def find_folder(name: str # absolute path, or relative to the package or to the working folder
-               ) -> Path:
+
+def find_folder(name: str) -> Path:  # absolute path, or relative to the package or to the working folder
     "The folder of a model. Raises WeightsError if there is none."
-    for folder in (Path(str(files("diclip")))/name, Path(name).expanduser()):
-        if folder.is_dir(): return folder
-    raise WeightsError(f"{name!r} is neither an open_clip model nor a folder: give a name of open_clip.list_models(), or a folder with "
-                       f"open_clip_config.json and {SAFE_NAMES[0]} (the mini CLIP's folder ships with diclip: reinstall it if it is gone).")
+    for folder in (Path(str(files("diclip"))) / name, Path(name).expanduser()):
+        if folder.is_dir():
+            return folder
+    raise WeightsError(
+        f"{name!r} is neither an open_clip model nor a folder: give a name of open_clip.list_models(), or a"
+        f" folder with open_clip_config.json and {SAFE_NAMES[0]} (the mini CLIP's folder ships with diclip:"
+        " reinstall it if it is gone)."
+    )
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #6a29ecde
-def read_weights(model, path): # open_clip.CLIP; safetensors file
+def read_weights(model, path):  # open_clip.CLIP; safetensors file
     "Fill `model` from `path`. Raises WeightsError for a file that is damaged or does not fit."
     from open_clip.factory import load_checkpoint
-    try: load_checkpoint(model, str(path))
+
+    try:
+        load_checkpoint(model, str(path))
     except Exception as e:
-        raise WeightsError(f"{Path(path).name} is damaged or does not fit its config ({str(e).splitlines()[0][:120]}): delete it and fetch it again.") from e
+        raise WeightsError(
+            f"{Path(path).name} is damaged or does not fit its config ({str(e).splitlines()[0][:120]}):"
+            " delete it and fetch it again."
+        ) from e
     return model.eval()
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #4fe57dee
-def folder_clip(folder: Path # holds open_clip_config.json, open_clip_model.safetensors and maybe bpe.txt.gz
-               ) -> dict: # the arguments of `DenseCLIP`
+def folder_clip(
+    folder: Path,  # holds open_clip_config.json, open_clip_model.safetensors and maybe bpe.txt.gz
+) -> dict:  # the arguments of `DenseCLIP`
     "A CLIP from a local folder. Raises WeightsError for whatever is missing or damaged."
     folder, names = Path(folder), {f.name for f in Path(folder).iterdir()}
-    if "open_clip_config.json" not in names: raise WeightsError(f"{folder} has no open_clip_config.json: copy it from where the weights came.")
+    if "open_clip_config.json" not in names:
+        raise WeightsError(f"{folder} has no open_clip_config.json: copy it from where the weights came.")
     weights = next((n for n in SAFE_NAMES if n in names), None)
     if weights is None:
         pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
-        cure = (f"convert {pickles[0]}, which is a pickle and is never read here, by safetensors.torch.save_file(torch.load(..., weights_only=True), ...)"
-                if pickles else "copy it there")
+        cure = (
+            f"convert {pickles[0]}, which is a pickle and is never read here, by"
+            " safetensors.torch.save_file(torch.load(..., weights_only=True), ...)"
+            if pickles
+            else "copy it there"
+        )
         raise WeightsError(f"{folder} has no {SAFE_NAMES[0]}: {cure}.")
-    try: config = json.loads((folder/"open_clip_config.json").read_text(encoding="utf-8")); model = mini_clip(config)
+    try:
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        model = mini_clip(config)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise WeightsError(f"open_clip_config.json in {folder} is not a CLIP config ({e!r}): copy it again from where the weights came.") from e
-    tokenizer = load_tokenizer(folder/"bpe.txt.gz" if "bpe.txt.gz" in names else None, config)
+        raise WeightsError(
+            f"open_clip_config.json in {folder} is not a CLIP config ({e!r}): copy it again from where the"
+            " weights came."
+        ) from e
+    tokenizer = load_tokenizer(folder / "bpe.txt.gz" if "bpe.txt.gz" in names else None, config)
     pre = {k: v for k, v in config.get("preprocess_cfg", {}).items() if k in ("mean", "std")}
-    return dict(model=read_weights(model, folder/weights), tokenizer=tokenizer, name=folder.name, **pre)
+    return dict(model=read_weights(model, folder / weights), tokenizer=tokenizer, name=folder.name, **pre)
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #0cdaed2e
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #51c9920a
-def missing_weights(name, tag, cfg, config): # model, pretrained tag, open_clip's entry for the tag and config of the model
-    "The error for weights that could not be fetched; the size is that of the attention blocks and the word embedding in float32."
-    vision, text = [(t.get("layers", 12), t.get("width", w)) for t, w in ((config["vision_cfg"], 768), (config["text_cfg"], 512))]
-    blocks = 12 * vision[0] * vision[1]**2 + 12 * text[0] * text[1]**2 if isinstance(vision[0], int) else 0
+def missing_weights(
+    name, tag, cfg, config
+):  # model, pretrained tag, open_clip's entry for the tag and config of the model
+    """The error for weights that could not be fetched; the size is that of the attention blocks and the word
+    embedding in float32."""
+    vision, text = [
+        (t.get("layers", 12), t.get("width", w))
+        for t, w in ((config["vision_cfg"], 768), (config["text_cfg"], 512))
+    ]
+    blocks = (
+        12 * vision[0] * vision[1] ** 2 + 12 * text[0] * text[1] ** 2 if isinstance(vision[0], int) else 0
+    )
     size = round(4e-6 * (blocks + 49408 * text[1]) / 50) * 50
     repo = "/".join(cfg.get("hf_hub", "").split("/")[:2])
-    how = f"hf download {repo} open_clip_model.safetensors" if repo else f"curl -LO {cfg.get('url')} and give its path as clip_weights"
-    return WeightsError(f"The weights of {name} ({tag}, about {size} MB) are neither in the cache nor can they be downloaded: "
-                        f"connect once and run `{how}`, or use profile('mini'), which needs no download.")
+    how = (
+        f"hf download {repo} open_clip_model.safetensors"
+        if repo
+        else f"curl -LO {cfg.get('url')} and give its path as clip_weights"
+    )
+    return WeightsError(
+        f"The weights of {name} ({tag}, about {size} MB) are neither in the cache nor can they be downloaded:"
+        f" connect once and run `{how}`, or use profile('mini'), which needs no download."
+    )
 
 # %% ../../nbs/appendix/a3_clip_weights.ipynb #b2d69cfe
-def hub_clip(name: str, # a name of open_clip.list_models()
-             tag: str,  # a pretrained tag such as "openai", or the path of a safetensors file
-            ) -> dict:  # the arguments of `DenseCLIP`
-    "A CLIP with published weights, from the cache or the network. Raises WeightsError, or ValueError for a wrong pair."
+def hub_clip(
+    name: str,  # a name of open_clip.list_models()
+    tag: str,  # a pretrained tag such as "openai", or the path of a safetensors file
+) -> dict:  # the arguments of `DenseCLIP`
+    """A CLIP with published weights, from the cache or the network.
+    Raises WeightsError, or ValueError for a wrong pair."""
     import open_clip
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg
-    config, cfg, local = open_clip.get_model_config(name), get_pretrained_cfg(name, tag or ""), Path(tag or "")
-    if any(k in config for k in ("custom_text", "multimodal_cfg")): raise ValueError(f"{name} is not a plain ViT CLIP: choose one such as ViT-B-16-quickgelu.")
+
+    config = open_clip.get_model_config(name)
+    cfg = get_pretrained_cfg(name, tag or "")
+    local = Path(tag or "")
+    if any(k in config for k in ("custom_text", "multimodal_cfg")):
+        raise ValueError(f"{name} is not a plain ViT CLIP: choose one such as ViT-B-16-quickgelu.")
     if not cfg and not (local.is_file() and local.suffix == ".safetensors"):
-        raise ValueError(f"clip_weights={tag!r} for {name}: give a .safetensors file or one of {open_clip.list_pretrained_tags_by_model(name)}.")
+        raise ValueError(
+            f"clip_weights={tag!r} for {name}: give a .safetensors file or one of"
+            f" {open_clip.list_pretrained_tags_by_model(name)}."
+        )
     twin = name.removesuffix("-quickgelu") if config.get("quick_gelu") else name + "-quickgelu"
     if cfg and cfg.get("quick_gelu", False) != config.get("quick_gelu", False):
         raise ValueError(f"{tag} weights and {name} use different activations: choose {twin}.")
-    try: path = download_pretrained(cfg) if cfg else local
-    except Exception as e: raise missing_weights(name, tag, cfg, config) from e
+    try:
+        path = download_pretrained(cfg) if cfg else local
+    except Exception as e:
+        raise missing_weights(name, tag, cfg, config) from e
     model = read_weights(mini_clip({"model_cfg": config}), path)
-    return dict(model=model, tokenizer=open_clip.get_tokenizer(name), name=f"{name}/{tag if cfg else local.stem}",
-                mean=cfg.get("mean", OPENAI_MEAN), std=cfg.get("std", OPENAI_STD))
+    return dict(
+        model=model,
+        tokenizer=open_clip.get_tokenizer(name),
+        name=f"{name}/{tag if cfg else local.stem}",
+        mean=cfg.get("mean", OPENAI_MEAN),
+        std=cfg.get("std", OPENAI_STD),
+    )

@@ -13,20 +13,24 @@ from pathlib import Path
 # %% ../../nbs/appendix/a1_files.ipynb #9a63e1df
 @contextmanager
 def replacing(path):
-    "A temporary path beside `path`, which takes its place if the block ends well and is removed if not. Makes missing folders."
+    """A temporary path beside `path`, which takes its place if the block ends well and is removed if not.
+    Makes missing folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
         os.replace(beside, path)
-    finally: beside.unlink(missing_ok=True)
+    finally:
+        beside.unlink(missing_ok=True)
 
 # %% ../../nbs/appendix/a1_files.ipynb #c65e8b26
 def write_atomic(
-    path,           # file to write; its folder is made
-    save,           # called with a temporary path in the same folder
-) -> Path:          # `path`
-    "Let `save` write a file, then give it its name. Raises OSError where the folder cannot be written, and whatever `save` raises."
-    with replacing(path) as part: save(part)
+    path,  # file to write; its folder is made
+    save,  # called with a temporary path in the same folder
+) -> Path:  # `path`
+    """Let `save` write a file, then give it its name.
+    Raises OSError where the folder cannot be written, and whatever `save` raises."""
+    with replacing(path) as part:
+        save(part)
     return Path(path)

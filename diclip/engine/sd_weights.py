@@ -17,21 +17,38 @@ from .clip_weights import WeightsError
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #abe99b4f
 PARTS = ("unet", "vae", "text_encoder")
 
+
 def missing_files(folder: Path) -> list:
     "What a pipeline folder lacks: configurations, or weights as safetensors."
-    configs = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json", *(f"{p}/config.json" for p in PARTS)]
-    return [c for c in configs if not (folder / c).exists()] + [f"{p}/*.safetensors" for p in PARTS if not any((folder / p).glob("*.safetensors"))]
+    configs = [
+        "model_index.json",
+        "tokenizer",
+        "scheduler/scheduler_config.json",
+        *(f"{p}/config.json" for p in PARTS),
+    ]
+    return [c for c in configs if not (folder / c).exists()] + [
+        f"{p}/*.safetensors" for p in PARTS if not any((folder / p).glob("*.safetensors"))
+    ]
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #f782e10b
 def check_folder(folder: Path):
     "Raises WeightsError for missing, shortened or foreign files."
     from safetensors import safe_open
-    if lacks := missing_files(folder): raise WeightsError(f"The folder {folder.name} lacks {', '.join(lacks)}: save or download the whole pipeline, as safetensors.")
+
+    if lacks := missing_files(folder):
+        raise WeightsError(
+            f"The folder {folder.name} lacks {', '.join(lacks)}: save or download the whole pipeline, as"
+            " safetensors."
+        )
     for f in sorted(f for p in PARTS for f in (folder / p).glob("*.safetensors")):
         try:
-            with safe_open(f, "pt"): pass
+            with safe_open(f, "pt"):
+                pass
         except Exception as e:
-            raise WeightsError(f"{f.parent.name}/{f.name} in {folder.name} is cut short or not a safetensors file ({f.stat().st_size} bytes): fetch it again.") from e
+            raise WeightsError(
+                f"{f.parent.name}/{f.name} in {folder.name} is cut short or not a safetensors file"
+                f" ({f.stat().st_size} bytes): fetch it again."
+            ) from e
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #eda18f24
 @contextmanager
@@ -39,64 +56,96 @@ def quiet():
     "diffusers and transformers without progress bars and advice; their settings come back afterwards."
     from diffusers.utils import logging as d
     from transformers.utils import logging as t
+
     before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in (d, t)]
-    for m, _, _ in before: m.set_verbosity(60); m.disable_progress_bar()
-    try: yield
+    for m, _, _ in before:
+        m.set_verbosity(60)
+        m.disable_progress_bar()
+    try:
+        yield
     finally:
         for m, level, bar in before:
             m.set_verbosity(level)
-            if bar: m.enable_progress_bar()
+            if bar:
+                m.enable_progress_bar()
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #34e4e86e
 class Found(NamedTuple):
     "A pipeline folder on this machine."
-    name: str            # the id, or the folder's last name: what a fingerprint may show
-    folder: Path         # where it is
+
+    name: str  # the id, or the folder's last name: what a fingerprint may show
+    folder: Path  # where it is
     variant: str | None  # "fp16" or None, which of its files to read
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #042a69a4
 def local_folder(
-    sd: str,        # `Profile.sd`
-) -> Path | None:   # None for a hub id
-    "The folder that a name means, inside the package or not. Raises WeightsError for a path that does not exist."
+    sd: str,  # `Profile.sd`
+) -> Path | None:  # None for a hub id
+    """The folder that a name means, inside the package or not.
+    Raises WeightsError for a path that does not exist."""
     inside, given = Path(str(files("diclip"))) / sd, Path(sd).expanduser()
-    if inside.is_dir() or given.is_dir(): return inside if inside.is_dir() else given
+    if inside.is_dir() or given.is_dir():
+        return inside if inside.is_dir() else given
     if given.is_absolute() or str(sd).startswith((".", "~", "weights/")):
-        raise WeightsError(f"There is no folder {sd}: name a diffusers pipeline folder or a Hugging Face id (the mini model ships with diclip: reinstall it if it is gone).")
+        raise WeightsError(
+            f"There is no folder {sd}: name a diffusers pipeline folder or a Hugging Face id (the mini model"
+            " ships with diclip: reinstall it if it is gone)."
+        )
+
+# %% ../../nbs/appendix/a4_sd_weights.ipynb #ff6cb285
+SIZES = {
+    "stable-diffusion-2-1": (5.2, 2.6),
+    "stable-diffusion-v1-5": (4.3, 2.1),
+    "stable-diffusion-v1-4": (4.3, 2.1),
+}  # GB, float32 and float16
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #18904c84
-SIZES = {"stable-diffusion-2-1": (5.2, 2.6), "stable-diffusion-v1-5": (4.3, 2.1), "stable-diffusion-v1-4": (4.3, 2.1)} # GB, float32 and float16
-
 def hub_folder(
-    ids,         # hub ids in order of preference
+    ids,  # hub ids in order of preference
     half=False,  # is half precision enough?
-) -> tuple:      # (id, folder)
+) -> tuple:  # (id, folder)
     "The first id whose weights are in the cache, else the first id, downloaded. Raises WeightsError."
     from diffusers import StableDiffusionPipeline
     from huggingface_hub import snapshot_download
+
     for sd in ids:
-        try: folder = Path(snapshot_download(sd, local_files_only=True))
-        except (OSError, ValueError): continue
-        if not missing_files(folder): return sd, folder
+        try:
+            folder = Path(snapshot_download(sd, local_files_only=True))
+        except (OSError, ValueError):
+            continue
+        if not missing_files(folder):
+            return sd, folder
     for variant in ("fp16", None) if half else (None,):
-        try: return ids[0], Path(StableDiffusionPipeline.download(ids[0], variant=variant, use_safetensors=True, safety_checker=None))
-        except Exception as e: why = e  # network, hub or disk: all end in the sentence below
+        try:
+            return ids[0], Path(
+                StableDiffusionPipeline.download(
+                    ids[0], variant=variant, use_safetensors=True, safety_checker=None
+                )
+            )
+        except Exception as e:
+            why = e  # network, hub or disk: all end in the sentence below
     full, small = SIZES.get(ids[0].split("/")[-1], ("several", "half as many"))
     also = f", nor are those of {', '.join(ids[1:])}," if ids[1:] else ""
-    raise WeightsError(f"The weights of {ids[0]} ({full} GB in float32, {small} GB with variant='fp16') are not in the Hugging Face cache{also} and cannot be downloaded "
-        f"({type(why).__name__}): connect once and run `python -c \"from diffusers import StableDiffusionPipeline as P; "
-        f"P.download('{ids[0]}', use_safetensors=True, safety_checker=None)\"`, or use profile('mini'), which needs no download.") from why
+    raise WeightsError(
+        f"The weights of {ids[0]} ({full} GB in float32, {small} GB with variant='fp16') are not in the"
+        f" Hugging Face cache{also} and cannot be downloaded "
+        f'({type(why).__name__}): connect once and run `python -c "from diffusers import'
+        " StableDiffusionPipeline as P; "
+        f"P.download('{ids[0]}', use_safetensors=True, safety_checker=None)\"`, or use profile('mini'), which"
+        " needs no download."
+    ) from why
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #76202141
 def find_weights(
-    sd: str,          # a folder, or a hub id
+    sd: str,  # a folder, or a hub id
     alternatives=(),  # more ids, looked up in the cache only
-    half=False,       # will the model run in half precision?
+    half=False,  # will the model run in half precision?
 ) -> Found:
     "Where the pipeline is, checked. Raises WeightsError for whatever is missing or damaged."
     with quiet():
         folder, name = local_folder(sd), Path(sd).name
-        if folder is None: name, folder = hub_folder((sd, *alternatives), half)
+        if folder is None:
+            name, folder = hub_folder((sd, *alternatives), half)
     check_folder(folder)
     names = [f.name for f in (folder / "unet").glob("*.safetensors")]
     fp16 = [n for n in names if ".fp16" in n]
@@ -106,24 +155,40 @@ def find_weights(
 def count_tensors(folder: Path, variant=None) -> int:
     "How many tensors the weight files of one network hold."
     from safetensors import safe_open
+
     count = 0
     for f in folder.glob("*.safetensors"):
         if (".fp16" in f.name) == (variant == "fp16"):
-            with safe_open(f, "pt") as weights: count += len(weights.keys())
+            with safe_open(f, "pt") as weights:
+                count += len(weights.keys())
     return count
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #633631ce
 def read_pipeline(found: Found):
-    "diffusers' `StableDiffusionPipeline` in float32 on the CPU. Raises WeightsError if weights and configurations do not fit."
+    """diffusers' `StableDiffusionPipeline` in float32 on the CPU.
+    Raises WeightsError if weights and configurations do not fit."""
     from diffusers import StableDiffusionPipeline
+
     with quiet():
         try:
-            pipe = StableDiffusionPipeline.from_pretrained(str(found.folder), variant=found.variant, use_safetensors=True, local_files_only=True,
-                safety_checker=None, requires_safety_checker=False)
+            pipe = StableDiffusionPipeline.from_pretrained(
+                str(found.folder),
+                variant=found.variant,
+                use_safetensors=True,
+                local_files_only=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
         except Exception as e:
-            raise WeightsError(f"The pipeline {found.name} cannot be read ({str(e).splitlines()[0][:150]}): fetch or save it again.") from e
+            raise WeightsError(
+                f"The pipeline {found.name} cannot be read ({str(e).splitlines()[0][:150]}): fetch or save it"
+                " again."
+            ) from e
     for part in PARTS:
         net, have = getattr(pipe, part), count_tensors(found.folder / part, found.variant)
         if have < len(net.state_dict()) or any(p.is_meta for p in net.parameters()):
-            raise WeightsError(f"The {part} of {found.name} needs {len(net.state_dict())} tensors, its files hold {have} or name them differently: fetch or save it again.")
+            raise WeightsError(
+                f"The {part} of {found.name} needs {len(net.state_dict())} tensors, its files hold {have} or"
+                " name them differently: fetch or save it again."
+            )
     return pipe

@@ -18,20 +18,22 @@ from torch.nn import functional as F
 # %% ../../nbs/3_vce/31_unet.ipynb #73344ac2
 class AttentionLayer(NamedTuple):
     "One self-attention of the UNet's decoder."
-    name: str    # path of the module in the UNet
-    heads: int   # number of heads
-    width: int   # channels of all heads together
+
+    name: str  # path of the module in the UNet
+    heads: int  # number of heads
+    width: int  # channels of all heads together
     stride: int  # latent pixels a token, along one side
 
-    def tokens(self,
-               size, # (h, w) of the latents
-              ):     # (h, w) of this layer's tokens
+    def tokens(
+        self,
+        size,  # (h, w) of the latents
+    ):  # (h, w) of this layer's tokens
         "How the UNet has divided the latents where this layer stands; odd sizes round up."
         return tuple(-(-n // self.stride) for n in size)
 
 # %% ../../nbs/3_vce/31_unet.ipynb #b4316271
 def self_attention_layers(
-    unet,                   # diffusers' `UNet2DConditionModel`
+    unet,  # diffusers' `UNet2DConditionModel`
 ) -> list[AttentionLayer]:  # in the order in which the UNet runs them
     "Every self-attention of the decoder (IV-B). Raises ValueError if the UNet has none."
     layers = []
@@ -41,81 +43,115 @@ def self_attention_layers(
             if name.endswith("attn1") and not m.is_cross_attention:
                 layers.append(AttentionLayer(f"up_blocks.{i}.{name}", m.heads, m.to_q.out_features, stride))
     if not layers:
-        raise ValueError("This UNet has no self-attention (attn1) in its up blocks: use a Stable Diffusion 1.x or 2.x model.")
+        raise ValueError(
+            "This UNet has no self-attention (attn1) in its up blocks: use a Stable Diffusion 1.x or 2.x"
+            " model."
+        )
     return layers
 
 # %% ../../nbs/3_vce/31_unet.ipynb #edd871a8
 class QueryKey(NamedTuple):
     "What one self-attention layer was about to compare."
-    layer: int    # index in `self_attention_layers`
-    q: Tensor     # (B, heads, T, d) queries
-    k: Tensor     # (B, heads, T, d) keys
-    scale: float  # 1 / sqrt(d)
-    stride: int   # latent pixels a token
 
-class _Enough(Exception): "Raised inside the UNet when the last wanted layer was seen."
+    layer: int  # index in `self_attention_layers`
+    q: Tensor  # (B, heads, T, d) queries
+    k: Tensor  # (B, heads, T, d) keys
+    scale: float  # 1 / sqrt(d)
+    stride: int  # latent pixels a token
+
+
+class _Enough(Exception):
+    "Raised inside the UNet when the last wanted layer was seen."
 
 # %% ../../nbs/3_vce/31_unet.ipynb #55cd38b5
 def _check_layers(layers, count):
     "The wanted layer indices, sorted; all of them for None."
-    wanted = list(range(count)) if layers is None else [layers] if isinstance(layers, Integral) else list(layers)
+    wanted = (
+        list(range(count)) if layers is None else [layers] if isinstance(layers, Integral) else list(layers)
+    )
     if not wanted or any(not isinstance(i, Integral) or not 0 <= i < count for i in wanted):
-        raise ValueError(f"Layer indices {wanted} do not fit: this decoder has self-attention layers 0 to {count - 1}, name at least one of them.")
+        raise ValueError(
+            f"Layer indices {wanted} do not fit: this decoder has self-attention layers 0 to {count - 1},"
+            " name at least one of them."
+        )
     return sorted(set(wanted))
+
 
 def _heads(attn, x, norm):
     "(B, T, heads * d) to (B, heads, T, d), with the layer's own normalization where it has one."
     x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     return x if norm is None else norm(x)
 
+
 def _watch(attn, done):
     "Hooks on the projections of one layer; `done(q, k)` is called when both are there."
     q = []
-    def on_query(module, inputs, out): q[:] = [_heads(attn, out, attn.norm_q)]
-    def on_key(module, inputs, out): done(q.pop(), _heads(attn, out, attn.norm_k))
+
+    def on_query(module, inputs, out):
+        q[:] = [_heads(attn, out, attn.norm_q)]
+
+    def on_key(module, inputs, out):
+        done(q.pop(), _heads(attn, out, attn.norm_k))
+
     return [attn.to_q.register_forward_hook(on_query), attn.to_k.register_forward_hook(on_key)]
 
 # %% ../../nbs/3_vce/31_unet.ipynb #90bd95c5
 @contextmanager
 def capture_self_attention(
-    unet,         # diffusers' `UNet2DConditionModel`
+    unet,  # diffusers' `UNet2DConditionModel`
     layers=None,  # index or indices into `self_attention_layers(unet)`; None for all
-    stop=True,    # end the pass once the last wanted layer was seen
+    stop=True,  # end the pass once the last wanted layer was seen
 ):
-    "Yields a list that fills with one `QueryKey` a layer; the UNet is left as it was. Raises ValueError for unknown layers."
-    found, taken, hooks, enough = self_attention_layers(unet), [], [], _Enough()
+    """Yields a list that fills with one `QueryKey` a layer; the UNet is left as it was.
+    Raises ValueError for unknown layers."""
+    found = self_attention_layers(unet)
+    taken = []
+    hooks = []
+    enough = _Enough()
     wanted = _check_layers(layers, len(found))
+
     def keep(i, q, k):
         attn = unet.get_submodule(found[i].name)
         taken.append(QueryKey(i, q, k, attn.scale, found[i].stride))
-        if stop and i == wanted[-1]: raise enough
+        if stop and i == wanted[-1]:
+            raise enough
+
     try:
-        for i in wanted: hooks += _watch(unet.get_submodule(found[i].name), lambda q, k, i=i: keep(i, q, k))
+        for i in wanted:
+            hooks += _watch(unet.get_submodule(found[i].name), lambda q, k, i=i: keep(i, q, k))
         yield taken
     except _Enough as e:
-        if e is not enough: raise
+        if e is not enough:
+            raise
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 # %% ../../nbs/3_vce/31_unet.ipynb #8faa86f0
 def resize_tokens(
     x: Tensor,  # (B, heads, T, d) queries or keys
-    size,       # (h, w) of the T tokens
-    grid,       # (h, w) wanted
-) -> Tensor:    # (B, heads, h * w, d) float32
+    size,  # (h, w) of the T tokens
+    grid,  # (h, w) wanted
+) -> Tensor:  # (B, heads, h * w, d) float32
     "Bilinear interpolation of tokens, per head (IV-B). Raises ValueError if T is not h * w."
     B, H, T, d = x.shape
     size, grid = tuple(size), tuple(grid)
-    if T != math.prod(size): raise ValueError(f"{T} tokens do not make a grid of {size[0]}x{size[1]}: give the tokens' own height and width.")
-    if size == grid: return x.float()
+    if T != math.prod(size):
+        raise ValueError(
+            f"{T} tokens do not make a grid of {size[0]}x{size[1]}: give the tokens' own height and width."
+        )
+    if size == grid:
+        return x.float()
     maps = x.float().transpose(2, 3).reshape(B * H, d, *size)
-    return F.interpolate(maps, grid, mode="bilinear", align_corners=False).reshape(B, H, d, -1).transpose(2, 3)
+    return (
+        F.interpolate(maps, grid, mode="bilinear", align_corners=False).reshape(B, H, d, -1).transpose(2, 3)
+    )
 
 # %% ../../nbs/3_vce/31_unet.ipynb #2bb2bece
 def attention_map(
-    q: Tensor,     # (B, heads, N, d) queries
-    k: Tensor,     # (B, heads, N, d) keys
+    q: Tensor,  # (B, heads, N, d) queries
+    k: Tensor,  # (B, heads, N, d) keys
     scale: float,  # 1 / sqrt(d)
-) -> Tensor:       # (B, N, N), rows sum to 1
+) -> Tensor:  # (B, N, N), rows sum to 1
     "Softmax per head in float32, mean over heads; Eq. (3) and IV-B."
     return (q.float() @ k.float().transpose(-1, -2) * scale).softmax(-1).mean(1)

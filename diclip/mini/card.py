@@ -16,7 +16,7 @@ from ..world import BACKGROUNDS, CLASSES, HOME, render
 
 # %% ../../nbs/mini/50_card.ipynb #805492c3
 def off_context(
-    count: int,      # scenes
+    count: int,  # scenes
     split="val",
 ) -> list:
     "Random casts in front of a background that is home to none of their objects."
@@ -24,21 +24,39 @@ def off_context(
     for i in range(count):
         labels = render(10_000 + i, split).labels
         homes = {HOME[CLASSES[c]] for c in labels}
-        scenes.append(render(10_000 + i, split, [CLASSES[c] for c in labels], rng.choice([b for b in BACKGROUNDS if b not in homes])))
+        scenes.append(
+            render(
+                10_000 + i,
+                split,
+                [CLASSES[c] for c in labels],
+                rng.choice([b for b in BACKGROUNDS if b not in homes]),
+            )
+        )
     return scenes
 
 # %% ../../nbs/mini/50_card.ipynb #efbc87f8
 def judge_net():
     "A small convolutional classifier of 96 x 96 images into the eight classes."
     layer = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
-    return nn.Sequential(*layer(3, 24), *layer(24, 48), *layer(48, 96), *layer(96, 128), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(128 * 9, len(CLASSES)))
+    return nn.Sequential(
+        *layer(3, 24),
+        *layer(24, 48),
+        *layer(48, 96),
+        *layer(96, 128),
+        nn.AdaptiveAvgPool2d(3),
+        nn.Flatten(),
+        nn.Linear(128 * 9, len(CLASSES))
+    )
 
-def _batch(images): return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+def _batch(images):
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 # %% ../../nbs/mini/50_card.ipynb #4da32a0e
 def train_judge(
-    steps: int = 600, batch: int = 48,
-    first: int = 100_000,     # portraits from this seed on, beyond the pool's
+    steps: int = 600,
+    batch: int = 48,
+    first: int = 100_000,  # portraits from this seed on, beyond the pool's
     seed: int = 0,
 ):
     "Train the judge on fresh rendered portraits; returns it in evaluation mode."
@@ -48,16 +66,23 @@ def train_judge(
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for i in range(steps):
         index = range(first + i * batch, first + (i + 1) * batch)
-        x, y = _batch([pool_item("portraits", j)[0] for j in index]), torch.tensor([j % len(CLASSES) for j in index])
+        x, y = _batch([pool_item("portraits", j)[0] for j in index]), torch.tensor(
+            [j % len(CLASSES) for j in index]
+        )
         loss = nn.functional.cross_entropy(net(x.flip(3) if i % 2 else x), y)
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); plan.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plan.step()
     return net.eval()
 
 # %% ../../nbs/mini/50_card.ipynb #92496b7c
 @torch.no_grad()
 def accuracy(net, images, classes) -> tuple:
     "Share of images put into their class, and the (8, 8) table of class by verdict."
-    verdict = torch.cat([net(_batch(images[i:i+100])).argmax(1) for i in range(0, len(images), 100)])
+    verdict = torch.cat([net(_batch(images[i : i + 100])).argmax(1) for i in range(0, len(images), 100)])
     truth = torch.as_tensor(classes)
-    table = torch.zeros(8, 8, dtype=torch.long).index_put_((truth, verdict), torch.ones_like(truth), accumulate=True)
+    table = torch.zeros(8, 8, dtype=torch.long).index_put_(
+        (truth, verdict), torch.ones_like(truth), accumulate=True
+    )
     return (verdict == truth).float().mean().item(), table

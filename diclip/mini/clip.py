@@ -22,19 +22,26 @@ from .vocabulary import corpus, learn_merges, write_open_clip
 from ..world import BACKGROUNDS, CLASSES, render
 
 # %% ../../nbs/mini/20_clip.ipynb #904c206f
-MEAN, STD = (.5, .5, .5), (.25, .25, .25)
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
-def clip_config(vocab_size, dropout=0.):
+
+def clip_config(vocab_size, dropout=0.0):
     "The mini CLIP's config in open_clip's format, plus the stem and the preprocessing."
     vision = dict(image_size=96, layers=6, width=128, head_width=64, patch_size=8, patch_dropout=dropout)
     text = dict(context_length=32, vocab_size=vocab_size, width=64, heads=2, layers=2)
-    return dict(model_cfg=dict(embed_dim=128, vision_cfg=vision, text_cfg=text, quick_gelu=True), stem=dict(widths=[24, 64]),
-                preprocess_cfg=dict(mean=MEAN, std=STD))
+    return dict(
+        model_cfg=dict(embed_dim=128, vision_cfg=vision, text_cfg=text, quick_gelu=True),
+        stem=dict(widths=[24, 64]),
+        preprocess_cfg=dict(mean=MEAN, std=STD),
+    )
 
-def new_clip(folder, dropout=.5):
+
+def new_clip(folder, dropout=0.5):
     "A model to train and its tokenizer; the merges are those in `folder`, or are learned and written there."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "bpe.txt.gz").exists(): write_open_clip(learn_merges(corpus()), folder / "bpe.txt.gz")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "bpe.txt.gz").exists():
+        write_open_clip(learn_merges(corpus()), folder / "bpe.txt.gz")
     merges = gzip.decompress((folder / "bpe.txt.gz").read_bytes()).decode().splitlines()[1:]
     config = clip_config(512 + len(merges) + 2, dropout)
     return mini_clip(config), load_tokenizer(folder / "bpe.txt.gz", config)
@@ -47,95 +54,142 @@ def caption_loss(image, text, tokens, scale):
     target = same / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
+
 def word_loss(image, words, answers, scale, bias):
     "Sigmoid loss over the 14 words; NaN answers are unknown and ignored."
     known = ~answers.isnan()
-    loss = F.binary_cross_entropy_with_logits(scale * image @ words.T + bias, answers.nan_to_num(0), reduction="none")
+    loss = F.binary_cross_entropy_with_logits(
+        scale * image @ words.T + bias, answers.nan_to_num(0), reduction="none"
+    )
     return (loss * known).sum() / known.sum()
 
-def word_prompts(): return [f"a photo of a {c}" for c in CLASSES] + [f"a photo of {b}" for b in BACKGROUNDS]
+
+def word_prompts():
+    return [f"a photo of a {c}" for c in CLASSES] + [f"a photo of {b}" for b in BACKGROUNDS]
 
 # %% ../../nbs/mini/20_clip.ipynb #96e11504
 class ClipLoss:
     "Draws a batch and computes the loss; the callable that `fit` wants."
-    def __init__(self, model, tokenizer, pool, batch=64, portraits=.25, seed=0, device="cpu"):
-        self.model, self.batch, self.device = model, batch, device
+
+    def __init__(self, model, tokenizer, pool, batch=64, portraits=0.25, seed=0, device="cpu"):
+        self.model = model
+        self.batch = batch
+        self.device = device
         self.rng, self.portraits = np.random.default_rng(seed), portraits
-        model.word_scale, model.word_bias = (torch.nn.Parameter(torch.tensor(v, device=device)) for v in (2.3, -2.))
-        self.data = {k: (x, tokenizer(c), torch.from_numpy(named(c))) for k in ("scenes", "portraits") for x, c in [read_pool(pool, k)]}
+        model.word_scale, model.word_bias = (
+            torch.nn.Parameter(torch.tensor(v, device=device)) for v in (2.3, -2.0)
+        )
+        self.data = {
+            k: (x, tokenizer(c), torch.from_numpy(named(c)))
+            for k in ("scenes", "portraits")
+            for x, c in [read_pool(pool, k)]
+        }
         self.words = tokenizer(word_prompts()).to(device)
 
     def __call__(self, step):
         x, t, y = self.draw()
         m = self.model
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):   # the quickest backward pass on a CPU
+        with torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH
+        ):  # the quickest backward pass on a CPU
             image = m.encode_image((x - MEAN[0]) / STD[0], normalize=True)
             text = m.encode_text(torch.cat([t, self.words]), normalize=True)
-        captions = caption_loss(image, text[:len(t)], t, m.logit_scale.exp().clamp(max=100))
-        words = word_loss(image, text[len(t):], y, m.word_scale.exp(), m.word_bias)
-        return .3 * captions + 4 * words, dict(captions=captions.item(), words=words.item())
+        captions = caption_loss(image, text[: len(t)], t, m.logit_scale.exp().clamp(max=100))
+        words = word_loss(image, text[len(t) :], y, m.word_scale.exp(), m.word_bias)
+        return 0.3 * captions + 4 * words, dict(captions=captions.item(), words=words.item())
 
 # %% ../../nbs/mini/20_clip.ipynb #644f7cf8
 @patch
 def draw(self: ClipLoss):
     "Images (B, 3, 96, 96) in [0, 1], flipped at random, their captions' tokens and answers."
-    n = int(round(self.batch * self.portraits)); parts = []
+    n = int(round(self.batch * self.portraits))
+    parts = []
     for kind, k in (("scenes", self.batch - n), ("portraits", n)):
         x, t, y = self.data[kind]
         at = np.sort(self.rng.integers(0, len(x), k))
         parts.append((torch.from_numpy(x[at]), t[at], y[at]))
     x, t, y = (torch.cat(p).to(self.device) for p in zip(*parts))
     x = x.permute(0, 3, 1, 2).float() / 255
-    return (x.flip(3) if self.rng.random() < .5 else x), t, y
+    return (x.flip(3) if self.rng.random() < 0.5 else x), t, y
 
 # %% ../../nbs/mini/20_clip.ipynb #dd8bf7fd
 def average_precision(
-    model, tokenizer,       # an open_clip model and its tokenizer
-    scenes: list,           # rendered scenes
-) -> np.ndarray:            # (8,) average precision a class
+    model,  # an open_clip model
+    tokenizer,  # its tokenizer
+    scenes: list,  # rendered scenes
+) -> np.ndarray:  # (8,) average precision a class
     "Classification quality of the class token; a class absent from all scenes is NaN."
     from sklearn.metrics import average_precision_score
+
     model.eval()
     with torch.no_grad():
         device = model.logit_scale.device
         x = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 255
-        f = torch.cat([model.encode_image(((b - MEAN[0]) / STD[0]).to(device), normalize=True) for b in x.split(50)])
-        t = model.encode_text(tokenizer(word_prompts()[:len(CLASSES)]).to(device), normalize=True)
-    score, truth = (f @ t.T).cpu().numpy(), np.array([[c in s.labels for c in range(len(CLASSES))] for s in scenes])
-    return np.array([average_precision_score(truth[:, c], score[:, c]) if truth[:, c].any() else np.nan for c in range(len(CLASSES))])
+        f = torch.cat(
+            [model.encode_image(((b - MEAN[0]) / STD[0]).to(device), normalize=True) for b in x.split(50)]
+        )
+        t = model.encode_text(tokenizer(word_prompts()[: len(CLASSES)]).to(device), normalize=True)
+    score, truth = (f @ t.T).cpu().numpy(), np.array(
+        [[c in s.labels for c in range(len(CLASSES))] for s in scenes]
+    )
+    return np.array(
+        [
+            average_precision_score(truth[:, c], score[:, c]) if truth[:, c].any() else np.nan
+            for c in range(len(CLASSES))
+        ]
+    )
 
 # %% ../../nbs/mini/20_clip.ipynb #26d4cfc7
 def train_clip(
-    folder,                   # checkpoint, log and merges
-    pool,                     # the pre-training pool
-    minutes: float = None, steps: int = None,   # the budget
-    batch: int = 64, rate: float = 1.2e-3, device: str = "cpu", seed: int = 0,
-    dropout: float = .5,      # share of patches that are dropped; finish with 0
-    start=None,               # a shipped folder to start from where there is no checkpoint
+    folder,  # checkpoint, log and merges
+    pool,  # the pre-training pool
+    minutes: float = None,  # the budget in minutes
+    steps: int = None,  # or in steps
+    batch: int = 64,
+    rate: float = 1.2e-3,
+    device: str = "cpu",
+    seed: int = 0,
+    dropout: float = 0.5,  # share of patches that are dropped; finish with 0
+    start=None,  # a shipped folder to start from where there is no checkpoint
 ):
     "Train or continue the mini CLIP; returns (model with averaged weights, tokenizer)."
     torch.manual_seed(seed)
     fresh = start and not started(folder)
-    if fresh: Path(folder).mkdir(parents=True, exist_ok=True); shutil.copy(Path(start) / "bpe.txt.gz", folder)
+    if fresh:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(start) / "bpe.txt.gz", folder)
     model, tokenizer = new_clip(folder, dropout)
-    if fresh: model.load_state_dict(load_file(Path(start) / "open_clip_model.safetensors"))
+    if fresh:
+        model.load_state_dict(load_file(Path(start) / "open_clip_model.safetensors"))
     model.to(device)
     loss = ClipLoss(model, tokenizer, pool, batch, seed=seed + len(read_log(folder)), device=device)
     judge, scenes = new_clip(folder)[0], [render(i, "val") for i in range(200)]
+
     def evaluate(average):
         judge.load_state_dict({k: v.cpu() for k, v in average.items() if not k.startswith("word_")})
         return dict(mAP=average_precision(judge, tokenizer, scenes).mean())
-    average = fit(model, loss, folder, rate, batch, minutes, steps, weight_decay=.05, evaluate=evaluate)
+
+    average = fit(model, loss, folder, rate, batch, minutes, steps, weight_decay=0.05, evaluate=evaluate)
     model.load_state_dict(average)
     return model.eval(), tokenizer
 
 # %% ../../nbs/mini/20_clip.ipynb #ee85bf5e
 def ship_clip(
-    model, folder,         # what `train_clip` returned; where to write
+    model,  # what `train_clip` returned
+    folder,  # where to write
 ):
     "Write the shipped folder: config, half-precision weights, merges. `folder` must hold the merges already."
     from safetensors.torch import save_file
+
     folder = Path(folder)
-    state = {k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.cpu() for k, v in model.state_dict().items() if not k.startswith("word_")}
-    (folder / "open_clip_config.json").write_text(json.dumps(clip_config(model.token_embedding.num_embeddings), indent=1))
-    write_atomic(folder / "open_clip_model.safetensors", lambda p: save_file(state, p, metadata=dict(format="pt")))
+    state = {
+        k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.cpu()
+        for k, v in model.state_dict().items()
+        if not k.startswith("word_")
+    }
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(clip_config(model.token_embedding.num_embeddings), indent=1)
+    )
+    write_atomic(
+        folder / "open_clip_model.safetensors", lambda p: save_file(state, p, metadata=dict(format="pt"))
+    )

@@ -16,57 +16,64 @@ from ..world import BACKGROUNDS, CLASSES, caption, render
 
 # %% ../../nbs/mini/10_pool.ipynb #fc7c697e
 def pool_item(
-    kind: str,     # "scenes" or "portraits"
-    index: int,    # the seed within the kind
-) -> tuple:        # image (96, 96, 3) uint8, caption
+    kind: str,  # "scenes" or "portraits"
+    index: int,  # the seed within the kind
+) -> tuple:  # image (96, 96, 3) uint8, caption
     "One captioned picture, a pure function of its arguments."
     if kind == "scenes":
         s = render(index, "pretrain")
         return s.image, s.caption
     name = CLASSES[index % len(CLASSES)]
     s = render(index, "portraits", [name], portrait=True)
-    if np.random.default_rng([9, index]).random() < .5: return s.image, PROMPT.format(category=name)
+    if np.random.default_rng([9, index]).random() < 0.5:
+        return s.image, PROMPT.format(category=name)
     return s.image, s.caption
 
 # %% ../../nbs/mini/10_pool.ipynb #ce2fe8b7
 def write_chunk(folder, kind, number, size=2000):
     "Render one chunk unless it is there already."
     stem = Path(folder) / f"{kind}_{number:03d}"
-    if stem.with_suffix(".json").exists(): return stem
+    if stem.with_suffix(".json").exists():
+        return stem
     images, captions = zip(*(pool_item(kind, number * size + i) for i in range(size)))
-    with replacing(f"{stem}.npy") as part, open(part, "wb") as f: np.save(f, np.stack(images))
+    with replacing(f"{stem}.npy") as part, open(part, "wb") as f:
+        np.save(f, np.stack(images))
     write_atomic(f"{stem}.json", lambda p: p.write_text(json.dumps(captions)))
     return stem
 
+
 def write_pool(
-    folder,                # where the chunks go
-    kind: str,             # "scenes" or "portraits"
-    chunks: int = 16,      # how many
-    size: int = 2000,      # pictures a chunk
-    workers: int = 2,      # processes
+    folder,  # where the chunks go
+    kind: str,  # "scenes" or "portraits"
+    chunks: int = 16,  # how many
+    size: int = 2000,  # pictures a chunk
+    workers: int = 2,  # processes
 ):
     "Render the chunks that are missing."
     with ProcessPoolExecutor(workers) as pool:
         list(pool.map(write_chunk, *zip(*((folder, kind, n, size) for n in range(chunks)))))
 
+
 def read_pool(
-    folder,                # what `write_pool` wrote
-    kind: str,             # "scenes" or "portraits"
-) -> tuple:                # images (n, 96, 96, 3) uint8, list of n captions
+    folder,  # what `write_pool` wrote
+    kind: str,  # "scenes" or "portraits"
+) -> tuple:  # images (n, 96, 96, 3) uint8, list of n captions
     "All complete chunks of a kind, in memory. Raises FileNotFoundError where there is none."
     stems = sorted(Path(folder).glob(f"{kind}_*.json"))
-    if not stems: raise FileNotFoundError(f"no {kind!r} pool in {folder}: run write_pool(folder, {kind!r}) first")
+    if not stems:
+        raise FileNotFoundError(f"no {kind!r} pool in {folder}: run write_pool(folder, {kind!r}) first")
     images = np.concatenate([np.load(s.with_suffix(".npy"), allow_pickle=False) for s in stems])
     return images, [c for s in stems for c in json.loads(s.read_text())]
 
 # %% ../../nbs/mini/10_pool.ipynb #06676d0d
 WORDS = CLASSES + BACKGROUNDS
 
+
 def named(
-    captions: list,       # n strings
-) -> np.ndarray:          # (n, 14) float32: 1 named, 0 not named, NaN unknown
+    captions: list,  # n strings
+) -> np.ndarray:  # (n, 14) float32: 1 named, 0 not named, NaN unknown
     "Which objects and backgrounds the captions name."
     out = np.array([[w in c.replace(",", " ").split() for w in WORDS] for c in captions], np.float32)
-    silent = out[:, len(CLASSES):].sum(1) == 0
-    out[silent, len(CLASSES):] = np.nan
+    silent = out[:, len(CLASSES) :].sum(1) == 0
+    out[silent, len(CLASSES) :] = np.nan
     return out

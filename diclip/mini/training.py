@@ -9,35 +9,50 @@ __all__ = ['schedule', 'started', 'save_state', 'load_state', 'rank', 'processes
 import json, time
 from pathlib import Path
 import torch
-from ..engine.checkpoint import load_checkpoint, optimizer_tensors, part, read_log, restore_optimizer, save_checkpoint
+from fastcore.basics import patch
+from diclip.engine.checkpoint import (
+    load_checkpoint,
+    optimizer_tensors,
+    part,
+    read_log,
+    restore_optimizer,
+    save_checkpoint,
+)
+
 _all_ = ["read_log"]
 
 # %% ../../nbs/mini/11_training.ipynb #ba3eb4ac
 def schedule(
-    progress: float,      # share of the budget that is used, 0 to 1
-    warm: float = .02,    # share spent warming up
-    fall: float = .4,     # share spent falling
-) -> float:               # factor on the base learning rate
+    progress: float,  # share of the budget that is used, 0 to 1
+    warm: float = 0.02,  # share spent warming up
+    fall: float = 0.4,  # share spent falling
+) -> float:  # factor on the base learning rate
     "Trapezoidal learning-rate factor."
-    return max(0., min(1., progress / warm + .01, (1 - progress) / fall))
+    return max(0.0, min(1.0, progress / warm + 0.01, (1 - progress) / fall))
 
 # %% ../../nbs/mini/11_training.ipynb #53a13502
 def started(folder) -> bool:
     "Is there a checkpoint in the folder?"
     return (Path(folder) / "checkpoint.json").exists()
 
+
 def save_state(folder, model, average, optimizer, counters):
     "Write a checkpoint atomically."
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"average.{k}": v for k, v in average.items()}
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {
+        f"average.{k}": v for k, v in average.items()
+    }
     tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(optimizer).items()}
     save_checkpoint(folder, tensors, dict(counters, iteration=counters["step"]))
+
 
 def load_state(folder, model, average, optimizer) -> dict:
     "Restore a checkpoint in place and return its counters; `{}` where there is none."
     tensors, state = load_checkpoint(folder)
-    if not tensors: return {}
+    if not tensors:
+        return {}
     model.load_state_dict(part(tensors, "model"))
-    for k, v in part(tensors, "average").items(): average[k].copy_(v)
+    for k, v in part(tensors, "average").items():
+        average[k].copy_(v)
     restore_optimizer(optimizer, part(tensors, "optimizer"))
     return {k: state[k] for k in ("step", "seconds", "pictures")}
 
@@ -46,19 +61,24 @@ def rank() -> int:
     "Number of this process among those that torchrun started; 0 where there is only one."
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
+
 def processes() -> int:
     "How many processes torchrun started; 1 where there is only one."
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
 
 def _share(grads):
     "Average gradients over the processes, in place."
     flat = torch.cat([g.flatten() for g in grads])
     torch.distributed.all_reduce(flat)
-    for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g) / processes())
+    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g) / processes())
+
 
 def _agree(progress):
     "The first process's clock counts for all."
-    if processes() == 1: return progress
+    if processes() == 1:
+        return progress
     box = torch.tensor(float(progress))
     torch.distributed.broadcast(box, 0)
     return box.item()
@@ -68,79 +88,123 @@ def _step(model, optimizer, loss, clip):
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    if processes() > 1: _share([p.grad for p in parameters])
+    if processes() > 1:
+        _share([p.grad for p in parameters])
     torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
+
 
 def _average(average, model, step, decay):
     d = min(decay, (1 + step) / (10 + step))
     for k, v in model.state_dict().items():
-        average[k].lerp_(v.detach().to(average[k].device), 1 - d) if v.is_floating_point() else average[k].copy_(v)
+        (
+            average[k].lerp_(v.detach().to(average[k].device), 1 - d)
+            if v.is_floating_point()
+            else average[k].copy_(v)
+        )
 
 # %% ../../nbs/mini/11_training.ipynb #6e12ffa3
 def _log(folder, counters, values):
-    line = dict(step=counters["step"], pictures=counters["pictures"], minutes=round(counters["seconds"] / 60, 2), **{k: round(v, 5) for k, v in values.items()})
+    line = dict(
+        step=counters["step"],
+        pictures=counters["pictures"],
+        minutes=round(counters["seconds"] / 60, 2),
+        **{k: round(v, 5) for k, v in values.items()}
+    )
     if rank() == 0:
-        with open(Path(folder) / "log.jsonl", "a") as f: f.write(json.dumps(line) + "\n")
-
+        with open(Path(folder) / "log.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
 
 # %% ../../nbs/mini/11_training.ipynb #535d611a
 class _Run:
     "Model, running average, optimizer and counters of one training."
+
     def __init__(self, model, folder, rate, weight_decay, fall):
-        self.model, self.folder, self.rate, self.fall = model, Path(folder), rate, fall
+        self.model = model
+        self.folder = Path(folder)
+        self.rate = rate
+        self.fall = fall
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == many], weight_decay=weight_decay * many) for many in (True, False)]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(.9, .99))
-        self.counters = load_state(folder, model, self.average, self.optimizer) or dict(step=0, seconds=0., pictures=0)
+        groups = [
+            dict(
+                params=[p for p in model.parameters() if (p.ndim > 1) == many],
+                weight_decay=weight_decay * many,
+            )
+            for many in (True, False)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
+        self.counters = load_state(folder, model, self.average, self.optimizer) or dict(
+            step=0, seconds=0.0, pictures=0
+        )
         self.sums, self.n = {}, 0
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def update(self, loss, seen, progress, clip, decay):
         "One step of the optimizer and of the average."
-        for g in self.optimizer.param_groups: g["lr"] = self.rate * schedule(progress, fall=self.fall)
+        for g in self.optimizer.param_groups:
+            g["lr"] = self.rate * schedule(progress, fall=self.fall)
         _step(self.model, self.optimizer, loss, clip)
         _average(self.average, self.model, self.counters["step"], decay)
-        self.n, self.sums = self.n + 1, {k: self.sums.get(k, 0.) + v for k, v in seen.items()}
+        self.n, self.sums = self.n + 1, {k: self.sums.get(k, 0.0) + v for k, v in seen.items()}
 
-    def report(self):
-        if self.n: _log(self.folder, self.counters, {k: v / self.n for k, v in self.sums.items()})
-        self.sums, self.n = {}, 0
+# %% ../../nbs/mini/11_training.ipynb #41a7137c
+@patch
+def report(self: _Run):
+    if self.n:
+        _log(self.folder, self.counters, {k: v / self.n for k, v in self.sums.items()})
+    self.sums, self.n = {}, 0
 
-    def save(self, evaluate):
-        "Write a checkpoint, and how good the averaged weights are."
-        if rank() == 0:
-            save_state(self.folder, self.model, self.average, self.optimizer, self.counters)
-            if evaluate: _log(self.folder, self.counters, evaluate(self.average)); self.model.train()
+
+@patch
+def save(self: _Run, evaluate):
+    "Write a checkpoint, and how good the averaged weights are."
+    if rank() == 0:
+        save_state(self.folder, self.model, self.average, self.optimizer, self.counters)
+        if evaluate:
+            _log(self.folder, self.counters, evaluate(self.average))
+            self.model.train()
 
 # %% ../../nbs/mini/11_training.ipynb #1c919e25
 def fit(
-    model,                    # an nn.Module
-    batch_loss,               # batch_loss(step) -> (loss tensor, {name: float} to log)
-    folder,                   # of checkpoint and log; continues from what is there
-    rate: float,              # base learning rate
-    batch: int,               # pictures a step and process, for the log
-    minutes: float = None,    # budget of this call in minutes
-    steps: int = None,        # budget of this call in steps; give one of the two
-    decay: float = .999,      # of the running average of the weights
-    weight_decay: float = .01,
-    fall: float = .4,         # share of the budget in which the rate falls
-    clip: float = 1.,         # gradient norm
-    every: int = 100,         # steps between log lines
+    model,  # an nn.Module
+    batch_loss,  # batch_loss(step) -> (loss tensor, {name: float} to log)
+    folder,  # of checkpoint and log; continues from what is there
+    rate: float,  # base learning rate
+    batch: int,  # pictures a step and process, for the log
+    minutes: float = None,  # budget of this call in minutes
+    steps: int = None,  # budget of this call in steps; give one of the two
+    decay: float = 0.999,  # of the running average of the weights
+    weight_decay: float = 0.01,
+    fall: float = 0.4,  # share of the budget in which the rate falls
+    clip: float = 1.0,  # gradient norm
+    every: int = 100,  # steps between log lines
     save_minutes: float = 5,  # between checkpoints
-    evaluate=None,            # evaluate(average state) -> {name: float}, with each checkpoint
-) -> dict:                    # the averaged weights, a state dict
+    evaluate=None,  # evaluate(average state) -> {name: float}, with each checkpoint
+) -> dict:  # the averaged weights, a state dict
     "Train until the budget is used; kill it and call again to go on. Raises ValueError without a budget."
-    if minutes is None and steps is None: raise ValueError("give a budget: minutes=... or steps=...")
-    run, saved, progress = _Run(model, folder, rate, weight_decay, fall), time.time(), 0.
+    if minutes is None and steps is None:
+        raise ValueError("give a budget: minutes=... or steps=...")
+    run = _Run(model, folder, rate, weight_decay, fall)
+    saved = time.time()
+    progress = 0.0
     first, start = dict(run.counters), time.time()
     model.train()
     while progress < 1:
         run.update(*batch_loss(run.counters["step"]), progress, clip, decay)
         spent, done = time.time() - start, run.counters["step"] + 1
-        run.counters |= dict(step=done, pictures=run.counters["pictures"] + batch * processes(), seconds=first["seconds"] + spent)
-        progress = _agree(max(spent / 60 / minutes if minutes else 0, (done - first["step"]) / steps if steps else 0))
-        if done % every == 0: run.report()
-        if time.time() - saved > 60 * save_minutes: run.save(evaluate); saved = time.time()
-    run.report(); run.save(evaluate)
+        run.counters |= dict(
+            step=done,
+            pictures=run.counters["pictures"] + batch * processes(),
+            seconds=first["seconds"] + spent,
+        )
+        progress = _agree(
+            max(spent / 60 / minutes if minutes else 0, (done - first["step"]) / steps if steps else 0)
+        )
+        if done % every == 0:
+            run.report()
+        if time.time() - saved > 60 * save_minutes:
+            run.save(evaluate)
+            saved = time.time()
+    run.report()
+    run.save(evaluate)
     return run.average

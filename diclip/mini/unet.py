@@ -11,47 +11,87 @@ import os, shutil
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 from fastcore.script import call_parse
 from torch.nn import functional as F
 from .pool import read_pool
 from .training import fit, rank, read_log, started
 from .vocabulary import corpus, learn_merges, write_transformers
 
-# %% ../../nbs/mini/40_unet.ipynb #2b30c3c3
-SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, prediction_type="v_prediction")
+# %% ../../nbs/mini/40_unet.ipynb #8b05a14b
+SCHEDULE = dict(
+    num_train_timesteps=1000,
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    prediction_type="v_prediction",
+)
+
 
 def new_unet():
     "The mini UNet with random weights: latents (B, 16, 12, 12), text (B, 77, 64)."
     from diffusers import UNet2DConditionModel
-    down, up = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2
-    return UNet2DConditionModel(sample_size=12, in_channels=16, out_channels=16, down_block_types=down, up_block_types=up, block_out_channels=(64, 128),
-                                layers_per_block=1, cross_attention_dim=64, attention_head_dim=4, norm_num_groups=16)
 
+    down, up = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2
+    return UNet2DConditionModel(
+        sample_size=12,
+        in_channels=16,
+        out_channels=16,
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+# %% ../../nbs/mini/40_unet.ipynb #2b30c3c3
 def new_text_encoder(tokenizer):
     "A two-layer `CLIPTextModel` over the small vocabulary."
     from transformers import CLIPTextConfig, CLIPTextModel
+
     end = tokenizer.eos_token_id
-    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                            max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end, projection_dim=64)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end,
+        pad_token_id=end,
+        projection_dim=64,
+    )
     return CLIPTextModel(config)
 
 # %% ../../nbs/mini/40_unet.ipynb #806fe34c
 def first_alone(make):
     "`make()`, called by the first process before the others, which then find its files."
-    if rank() == 0: made = make()
-    if torch.distributed.is_initialized(): torch.distributed.barrier()
+    if rank() == 0:
+        made = make()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     return made if rank() == 0 else make()
+
 
 class Denoiser(torch.nn.Module):
     "Text encoder and UNet as one trainable module."
+
     def __init__(self, folder):
         super().__init__()
         from transformers import CLIPTokenizer
-        if not (Path(folder) / "tokenizer" / "tokenizer_config.json").exists(): write_transformers(learn_merges(corpus()), Path(folder) / "tokenizer")
+
+        if not (Path(folder) / "tokenizer" / "tokenizer_config.json").exists():
+            write_transformers(learn_merges(corpus()), Path(folder) / "tokenizer")
         self.tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
         self.unet, self.text = new_unet(), new_text_encoder(self.tokenizer)
 
-    def tokens(self, captions): return self.tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    def tokens(self, captions):
+        return self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+        ).input_ids
 
     def forward(self, z, t, ids):
         "Predicted velocity of noisy latents z (B, 16, 12, 12) at steps t (B,), given token ids (B, 77)."
@@ -61,39 +101,60 @@ class Denoiser(torch.nn.Module):
 # %% ../../nbs/mini/40_unet.ipynb #d405b692
 class Latents:
     "Both pools as latents, encoded the first time that a picture is drawn."
-    def __init__(self, vae, pool, model, portraits=.6, seed=0, device="cpu"):
+
+    def __init__(self, vae, pool, model, portraits=0.6, seed=0, device="cpu"):
         (a, ca), (b, cb) = read_pool(pool, "portraits"), read_pool(pool, "scenes")
-        self.images, self.split, self.share = (a, b), len(a), portraits
+        self.images = (a, b)
+        self.split = len(a)
+        self.share = portraits
         self.ids, self.null = model.tokens(ca + cb), model.tokens([""])[0]
-        self.z, self.known = torch.zeros(len(a) + len(b), 16, 12, 12), torch.zeros(len(a) + len(b), dtype=torch.bool)
-        self.vae, self.rng, self.device = vae, np.random.default_rng(seed), device
+        self.z, self.known = torch.zeros(len(a) + len(b), 16, 12, 12), torch.zeros(
+            len(a) + len(b), dtype=torch.bool
+        )
+        self.vae = vae
+        self.rng = np.random.default_rng(seed)
+        self.device = device
 
     def _encode(self, index):
-        x = np.stack([self.images[0][i] if i < self.split else self.images[1][i - self.split] for i in index.tolist()])
+        x = np.stack(
+            [self.images[0][i] if i < self.split else self.images[1][i - self.split] for i in index.tolist()]
+        )
         x = torch.from_numpy(x).permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
-        with torch.no_grad(): self.z[index] = self.vae.encode(x).latent_dist.mean.cpu() * self.vae.config.scaling_factor
+        with torch.no_grad():
+            self.z[index] = self.vae.encode(x).latent_dist.mean.cpu() * self.vae.config.scaling_factor
         self.known[index] = True
 
-    def __call__(self, n):
-        "Latents (n, 16, 12, 12) and token ids (n, 77), one caption in ten empty."
-        portrait = self.rng.random(n) < self.share
-        index = torch.from_numpy(np.where(portrait, self.rng.integers(0, self.split, n), self.rng.integers(self.split, len(self.z), n)))
-        if (new := index[~self.known[index]].unique()).numel(): self._encode(new)
-        ids = self.ids[index].clone()
-        ids[torch.from_numpy(self.rng.random(n) < .1)] = self.null
-        return self.z[index].to(self.device), ids.to(self.device)
+# %% ../../nbs/mini/40_unet.ipynb #92b86124
+@patch
+def __call__(self: Latents, n):
+    "Latents (n, 16, 12, 12) and token ids (n, 77), one caption in ten empty."
+    portrait = self.rng.random(n) < self.share
+    index = torch.from_numpy(
+        np.where(portrait, self.rng.integers(0, self.split, n), self.rng.integers(self.split, len(self.z), n))
+    )
+    if (new := index[~self.known[index]].unique()).numel():
+        self._encode(new)
+    ids = self.ids[index].clone()
+    ids[torch.from_numpy(self.rng.random(n) < 0.1)] = self.null
+    return self.z[index].to(self.device), ids.to(self.device)
 
 # %% ../../nbs/mini/40_unet.ipynb #5f35511f
 def time_steps(n, rng, middle=450):
     "Half uniform over the schedule, half around `middle`."
     near = np.clip(rng.normal(middle, 180, n), 0, 999)
-    return torch.from_numpy(np.where(rng.random(n) < .5, rng.integers(0, 1000, n), near).astype(np.int64))
+    return torch.from_numpy(np.where(rng.random(n) < 0.5, rng.integers(0, 1000, n), near).astype(np.int64))
+
 
 class DiffusionLoss:
     "Draws a batch and computes the velocity loss; the callable that `fit` wants."
+
     def __init__(self, model, latents, batch=48, middle=450):
         from diffusers import DDPMScheduler
-        self.model, self.latents, self.batch, self.middle = model, latents, batch, middle
+
+        self.model = model
+        self.latents = latents
+        self.batch = batch
+        self.middle = middle
         self.noise = DDPMScheduler(**SCHEDULE)
 
     def __call__(self, step):
@@ -105,24 +166,33 @@ class DiffusionLoss:
 
 # %% ../../nbs/mini/40_unet.ipynb #b7c60f09
 def train_unet(
-    folder, pool, vae,         # checkpoint and log; the pre-training pool; a trained autoencoder
-    minutes: float = None, steps: int = None,   # the budget
-    batch: int = 48, rate: float = 8e-4, device: str = "cpu", seed: int = 0,
-    start=None,                # a shipped pipeline folder to start from where there is no checkpoint
+    folder,  # checkpoint and log
+    pool,  # the pre-training pool
+    vae,  # a trained autoencoder
+    minutes: float = None,  # the budget in minutes
+    steps: int = None,  # or in steps
+    batch: int = 48,
+    rate: float = 8e-4,
+    device: str = "cpu",
+    seed: int = 0,
+    start=None,  # a shipped pipeline folder to start from where there is no checkpoint
 ):
     "Train or continue the mini diffusion model; returns a `Denoiser` with averaged weights."
     torch.manual_seed(seed)
     fresh = start and not started(folder)
-    if fresh and rank() == 0: shutil.copytree(Path(start) / "tokenizer", Path(folder) / "tokenizer", dirs_exist_ok=True)
+    if fresh and rank() == 0:
+        shutil.copytree(Path(start) / "tokenizer", Path(folder) / "tokenizer", dirs_exist_ok=True)
     model = first_alone(lambda: Denoiser(folder))
     if fresh:
         model.unet = type(model.unet).from_pretrained(start, subfolder="unet", torch_dtype=torch.float32)
         model.text = type(model.text).from_pretrained(start, subfolder="text_encoder", dtype=torch.float32)
     model.to(device)
-    seed += len(read_log(folder)) + 1000 * rank()   # other batches and other noise in every process
+    seed += len(read_log(folder)) + 1000 * rank()  # other batches and other noise in every process
     latents = Latents(vae.to(device).eval(), pool, model, seed=seed, device=device)
     torch.manual_seed(seed)
-    model.load_state_dict(fit(model, DiffusionLoss(model, latents, batch), folder, rate, batch, minutes, steps))
+    model.load_state_dict(
+        fit(model, DiffusionLoss(model, latents, batch), folder, rate, batch, minutes, steps)
+    )
     return model.eval()
 
 # %% ../../nbs/mini/40_unet.ipynb #832feb5c
@@ -130,27 +200,40 @@ def ship_sd(model, vae, folder):
     "Write a `StableDiffusionPipeline` folder in half precision."
     from copy import deepcopy
     from diffusers import DDIMScheduler, StableDiffusionPipeline
+
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    parts = {k: deepcopy(m).half().cpu() for k, m in (("vae", vae), ("text_encoder", model.text), ("unet", model.unet))}
-    pipe = StableDiffusionPipeline(**parts, tokenizer=model.tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None,
-                                   requires_safety_checker=False)
+    parts = {
+        k: deepcopy(m).half().cpu()
+        for k, m in (("vae", vae), ("text_encoder", model.text), ("unet", model.unet))
+    }
+    pipe = StableDiffusionPipeline(
+        **parts,
+        tokenizer=model.tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False
+    )
     pipe.save_pretrained(folder, safe_serialization=True)
 
 # %% ../../nbs/mini/40_unet.ipynb #c27a8b39
 @call_parse
 def main(
-    folder: str,           # checkpoint, log and, in the end, the folder `pipeline`
-    pool: str,             # the pre-training pool (`diclip.mini.pool.write_pool`)
-    vae: str,              # folder of a trained autoencoder
-    minutes: float = 60,   # budget of this call
-    weights: str = "",     # a pipeline folder to start from where there is no checkpoint
-    rate: float = 1e-3,    # highest learning rate
-    batch: int = 32,       # pictures a step and process
+    folder: str,  # checkpoint, log and, in the end, the folder `pipeline`
+    pool: str,  # the pre-training pool (`diclip.mini.pool.write_pool`)
+    vae: str,  # folder of a trained autoencoder
+    minutes: float = 60,  # budget of this call
+    weights: str = "",  # a pipeline folder to start from where there is no checkpoint
+    rate: float = 1e-3,  # highest learning rate
+    batch: int = 32,  # pictures a step and process
 ):
     "Train the mini diffusion model on the CPU, alone or as one of the processes of torchrun"
     from diffusers import AutoencoderKL
+
     torch.set_num_threads(1)
-    if "RANK" in os.environ: torch.distributed.init_process_group("gloo")
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
     vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32)
     model = train_unet(folder, pool, vae, minutes=minutes, rate=rate, batch=batch, start=weights or None)
-    if rank() == 0: ship_sd(model, vae, f"{folder}/pipeline")
+    if rank() == 0:
+        ship_sd(model, vae, f"{folder}/pipeline")

@@ -18,29 +18,47 @@ from .training import fit, rank, read_log, started
 def new_vae():
     "The mini autoencoder with random weights: (B, 3, 96, 96) <-> (B, 16, 12, 12)."
     from diffusers import AutoencoderKL
+
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    return AutoencoderKL(in_channels=3, out_channels=3, down_block_types=down, up_block_types=up, block_out_channels=(12, 24, 48, 64), layers_per_block=1,
-                         latent_channels=16, norm_num_groups=4, sample_size=96, mid_block_add_attention=False, force_upcast=False)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=(12, 24, 48, 64),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=96,
+        mid_block_add_attention=False,
+        force_upcast=False,
+    )
 
 # %% ../../nbs/mini/30_vae.ipynb #c9824396
 def vae_loss(
-    vae, x,               # the model; images (B, 3, H, W) in [-1, 1]
-    kl_weight=2e-5,       # per latent number
-) -> tuple:               # loss, {name: float}
+    vae,  # the model
+    x,  # images (B, 3, H, W) in [-1, 1]
+    kl_weight=2e-5,  # per latent number
+) -> tuple:  # loss, {name: float}
     "Reconstruction, edges and KL divergence."
     q = vae.encode(x).latent_dist
     y = vae.decode(q.sample()).sample
     pixels = (y - x).abs().mean()
     edges = (y.diff(dim=2) - x.diff(dim=2)).abs().mean() + (y.diff(dim=3) - x.diff(dim=3)).abs().mean()
     kl = q.kl().mean() / q.mean[0].numel()
-    return pixels + .5 * edges + kl_weight * kl, dict(pixels=pixels.item(), edges=edges.item(), kl=kl.item())
+    return pixels + 0.5 * edges + kl_weight * kl, dict(pixels=pixels.item(), edges=edges.item(), kl=kl.item())
 
 # %% ../../nbs/mini/30_vae.ipynb #b8c29a68
 class Crops:
     "Random crops and flips of both pools, half and half."
+
     def __init__(self, pool, batch=8, size=48, seed=0, device="cpu"):
-        self.images, self.rng = [read_pool(pool, k)[0] for k in ("scenes", "portraits")], np.random.default_rng(seed)
-        self.batch, self.size, self.device = batch, size, device
+        self.images, self.rng = [
+            read_pool(pool, k)[0] for k in ("scenes", "portraits")
+        ], np.random.default_rng(seed)
+        self.batch = batch
+        self.size = size
+        self.device = device
 
     def __call__(self):
         "Images (batch, 3, size, size) in [-1, 1]."
@@ -48,46 +66,59 @@ class Crops:
         for i in range(self.batch):
             pool = self.images[i % 2]
             image, (y, x) = pool[self.rng.integers(len(pool))], self.rng.integers(0, 96 - self.size + 1, 2)
-            crop = image[y:y+self.size, x:x+self.size]
-            out.append(crop[:, ::-1] if self.rng.random() < .5 else crop)
+            crop = image[y : y + self.size, x : x + self.size]
+            out.append(crop[:, ::-1] if self.rng.random() < 0.5 else crop)
         return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
 
 # %% ../../nbs/mini/30_vae.ipynb #13b86681
 def latent_scale(vae, images):
     "One over the standard deviation of the latents of images (B, 3, H, W) in [-1, 1]."
-    with torch.no_grad(): return 1 / vae.encode(images).latent_dist.mean.std().item()
+    with torch.no_grad():
+        return 1 / vae.encode(images).latent_dist.mean.std().item()
+
 
 def train_vae(
-    folder, pool,              # checkpoint and log; the pre-training pool
-    minutes: float = None, steps: int = None,   # the budget
-    batch: int = 8, size: int = 48, rate: float = 1.5e-3, device: str = "cpu", seed: int = 0,
-    start=None,                # a folder of weights to start from where there is no checkpoint, such as diclip/weights/mini_sd/vae
+    folder,  # checkpoint and log
+    pool,  # the pre-training pool
+    minutes: float = None,  # the budget in minutes
+    steps: int = None,  # or in steps
+    batch: int = 8,
+    size: int = 48,
+    rate: float = 1.5e-3,
+    device: str = "cpu",
+    seed: int = 0,
+    start=None,  # a folder of weights to start from where there is no checkpoint, such as diclip/weights/mini_sd/vae
 ):
     "Train or continue the mini autoencoder; returns it with averaged weights and its `scaling_factor` set."
     torch.manual_seed(seed)
     vae = new_vae()
-    if start and not started(folder): vae = type(vae).from_pretrained(start, torch_dtype=torch.float32)
+    if start and not started(folder):
+        vae = type(vae).from_pretrained(start, torch_dtype=torch.float32)
     vae.to(device)
-    seed += len(read_log(folder)) + 1000 * rank()   # other pictures and other noise in every process
+    seed += len(read_log(folder)) + 1000 * rank()  # other pictures and other noise in every process
     crops = Crops(pool, batch, size, seed, device)
     torch.manual_seed(seed)
-    vae.load_state_dict(fit(vae, lambda step: vae_loss(vae, crops()), folder, rate, batch, minutes, steps, weight_decay=0.))
+    vae.load_state_dict(
+        fit(vae, lambda step: vae_loss(vae, crops()), folder, rate, batch, minutes, steps, weight_decay=0.0)
+    )
     vae.register_to_config(scaling_factor=latent_scale(vae.eval(), Crops(pool, 64, 96, 0, device)()))
     return vae
 
 # %% ../../nbs/mini/30_vae.ipynb #5aa95048
 @call_parse
 def main(
-    folder: str,           # checkpoint, log and, in the end, the folder `vae`
-    pool: str,             # the pre-training pool (`diclip.mini.pool.write_pool`)
-    minutes: float = 30,   # budget of this call
-    weights: str = "",     # a folder of weights to start from where there is no checkpoint
-    rate: float = 8e-4,    # highest learning rate
-    batch: int = 3,        # crops a step and process
-    size: int = 96,        # side of a crop in pixels
+    folder: str,  # checkpoint, log and, in the end, the folder `vae`
+    pool: str,  # the pre-training pool (`diclip.mini.pool.write_pool`)
+    minutes: float = 30,  # budget of this call
+    weights: str = "",  # a folder of weights to start from where there is no checkpoint
+    rate: float = 8e-4,  # highest learning rate
+    batch: int = 3,  # crops a step and process
+    size: int = 96,  # side of a crop in pixels
 ):
     "Train the mini autoencoder on the CPU, alone or as one of the processes of torchrun"
     torch.set_num_threads(1)
-    if "RANK" in os.environ: torch.distributed.init_process_group("gloo")
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
     vae = train_vae(folder, pool, minutes=minutes, batch=batch, size=size, rate=rate, start=weights or None)
-    if rank() == 0: vae.save_pretrained(f"{folder}/vae")
+    if rank() == 0:
+        vae.save_pretrained(f"{folder}/vae")

@@ -20,34 +20,54 @@ def corpus() -> list:
 
 # %% ../../nbs/mini/12_vocabulary.ipynb #42ce3719
 def learn_merges(
-    sentences: list,     # training text
-    size: int = 400,     # most merges to learn
-) -> list:               # merges as (left, right) pairs, in order
+    sentences: list,  # training text
+    size: int = 400,  # most merges to learn
+) -> list:  # merges as (left, right) pairs, in order
     "Byte-pair merges, learned by the `tokenizers` library."
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
     tok = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
-    ends = [c + "</w>" for c in sorted(set("".join(sentences)) - {" "})]   # numbered first: ties between merges are then broken alike in every run
-    trainer = trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", show_progress=False, min_frequency=2, special_tokens=ends)
+    ends = [
+        c + "</w>" for c in sorted(set("".join(sentences)) - {" "})
+    ]  # numbered first: ties between merges are then broken alike in every run
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, end_of_word_suffix="</w>", show_progress=False, min_frequency=2, special_tokens=ends
+    )
     tok.train_from_iterator(sentences, trainer)
     return [tuple(m) for m in json.loads(tok.to_str())["model"]["merges"]]
 
 # %% ../../nbs/mini/12_vocabulary.ipynb #3f118ff9
 def _bytes():
     from open_clip.tokenizer import bytes_to_unicode
+
     return list(bytes_to_unicode().values())
+
 
 def write_open_clip(merges, path):
     "The gzipped merges that `open_clip.tokenizer.SimpleTokenizer(bpe_path=...)` reads."
     text = "\n".join(["#version: 0.2", *(" ".join(m) for m in merges)])
     Path(path).write_bytes(gzip.compress(text.encode(), mtime=0))
 
+
 def write_transformers(merges, folder, context_length=77):
     "The files that `transformers.CLIPTokenizer.from_pretrained(folder)` reads."
-    tokens = _bytes() + [b + "</w>" for b in _bytes()] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    tokens = (
+        _bytes()
+        + [b + "</w>" for b in _bytes()]
+        + ["".join(m) for m in merges]
+        + ["<|startoftext|>", "<|endoftext|>"]
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
-    config = dict(tokenizer_class="CLIPTokenizer", model_max_length=context_length, bos_token="<|startoftext|>", eos_token="<|endoftext|>",
-                  unk_token="<|endoftext|>", pad_token="<|endoftext|>")
+    config = dict(
+        tokenizer_class="CLIPTokenizer",
+        model_max_length=context_length,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))

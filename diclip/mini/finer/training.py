@@ -16,6 +16,7 @@ import torch
 from fastcore.script import call_parse
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...clip import load_tokenizer, mini_clip, resize_positions
 from ...config import PROMPT
 from ...engine.files import write_atomic
@@ -29,26 +30,32 @@ def pool_item(kind, index):
     "One captioned picture, a pure function of its arguments: image (160, 160, 3) uint8, caption."
     rng = np.random.default_rng([9, index])
     if kind == "scenes":
-        s = render(index, "pretrain", [] if rng.random() < .08 else None)
+        s = render(index, "pretrain", [] if rng.random() < 0.08 else None)
         return s.image, s.caption
     name = CLASSES[index % len(CLASSES)]
     s = render(index, "portraits", [name], portrait=True)
-    return s.image, PROMPT.format(category=name) if rng.random() < .5 else s.caption
+    return s.image, PROMPT.format(category=name) if rng.random() < 0.5 else s.caption
+
 
 def _fill(folder, kind, start, stop):
     images = np.lib.format.open_memmap(Path(folder) / f"{kind}.npy", mode="r+")
     captions = []
-    for i in range(start, stop): images[i], c = pool_item(kind, i); captions.append(c)
+    for i in range(start, stop):
+        images[i], c = pool_item(kind, i)
+        captions.append(c)
     images.flush()
     return captions
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #0f2681e1
 def write_pool(folder, scenes=40_000, portraits=16_000, workers=2, chunk=1000):
     "Render both kinds into `folder`: {kind}.npy (n, 160, 160, 3) uint8 and {kind}.json, the captions."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as processes:
         for kind, n in (("scenes", scenes), ("portraits", portraits)):
-            np.lib.format.open_memmap(folder / f"{kind}.npy", mode="w+", dtype=np.uint8, shape=(n, SIZE, SIZE, 3))
+            np.lib.format.open_memmap(
+                folder / f"{kind}.npy", mode="w+", dtype=np.uint8, shape=(n, SIZE, SIZE, 3)
+            )
             starts = list(range(0, n, chunk))
             parts = processes.map(partial(_fill, folder, kind), starts, [min(s + chunk, n) for s in starts])
             text = json.dumps([c for part in parts for c in part])
@@ -56,33 +63,46 @@ def write_pool(folder, scenes=40_000, portraits=16_000, workers=2, chunk=1000):
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #eb838b59
 def encode(
-    model,             # open_clip's CLIP
-    x,                 # (B, 3, H, W) normalized images
-    places=None,       # [(row, column)] of crops in the grid of patches; None: whole images
-    drop=0.,           # share of patches dropped
-    depth=None,        # blocks before the class token is read; None for all
-    window=None,       # patches a side of the windows that attention cannot leave; None for none
-    pool=False,        # read the mean of the patches in the place of the class token
-):                     # (B, d) normalized image features
+    model,  # open_clip's CLIP
+    x,  # (B, 3, H, W) normalized images
+    places=None,  # [(row, column)] of crops in the grid of patches; None: whole images
+    drop=0.0,  # share of patches dropped
+    depth=None,  # blocks before the class token is read; None for all
+    window=None,  # patches a side of the windows that attention cannot leave; None for none
+    pool=False,  # read the mean of the patches in the place of the class token
+):  # (B, d) normalized image features
     "`encode_image` with the switches of the training."
     v = model.visual
-    h = v.conv1(x); side = h.shape[-1]
+    h = v.conv1(x)
+    side = h.shape[-1]
     P, n = v.positional_embedding, SIZE // v.patch_size[0]
     full = P[1:].view(n, n, -1)
-    where = P[1:][None] if places is None else torch.stack([full[a:a+side, b:b+side].flatten(0, 1) for a, b in places])
-    h, at = h.flatten(2).mT + where, torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(len(x), -1, -1)
+    where = (
+        P[1:][None]
+        if places is None
+        else torch.stack([full[a : a + side, b : b + side].flatten(0, 1) for a, b in places])
+    )
+    h, at = h.flatten(2).mT + where, torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(
+        len(x), -1, -1
+    )
     if drop:
-        keep = torch.rand(h.shape[:2]).argsort(1)[:, :round(h.shape[1] * (1 - drop)), None]
+        keep = torch.rand(h.shape[:2]).argsort(1)[:, : round(h.shape[1] * (1 - drop)), None]
         h, at = h.gather(1, keep.expand(-1, -1, h.shape[2])), at.gather(1, keep.expand(-1, -1, 2))
     h = v.ln_pre(torch.cat([(v.class_embedding + P[0]).expand(len(h), 1, -1), h], 1))
-    mask = None if window is None else window_mask(at, window).repeat_interleave(v.transformer.resblocks[0].attn.num_heads, 0)
-    for block in v.transformer.resblocks[:depth]: h = block(h, attn_mask=mask)
+    mask = (
+        None
+        if window is None
+        else window_mask(at, window).repeat_interleave(v.transformer.resblocks[0].attn.num_heads, 0)
+    )
+    for block in v.transformer.resblocks[:depth]:
+        h = block(h, attn_mask=mask)
     z = v.ln_post(h) @ v.proj
     return F.normalize(z[:, 1:].mean(1) if pool else z[:, 0], dim=-1)
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #25fcff79
 def window_mask(at, window):
-    "0 where a token may look and -inf where not, (B, n + 1, n + 1): patches at (B, n, 2) see their window, the class token sees all."
+    """0 where a token may look and -inf where not, (B, n + 1, n + 1): patches at (B, n, 2) see their window,
+    the class token sees all."""
     cell = (at + torch.randint(0, window, (len(at), 1, 2))) // window
     mask = torch.zeros(len(at), at.shape[1] + 1, at.shape[1] + 1)
     mask[:, 1:, 1:].masked_fill_((cell[:, :, None] != cell[:, None]).any(-1), -torch.inf)
@@ -96,156 +116,260 @@ def finer_config(vocabulary):
     config["model_cfg"]["vision_cfg"]["image_size"] = SIZE
     return config
 
+
 def finer_clip(weights, folder):
-    "The CLIP of a folder at 160 pixels, its positions interpolated where they are for 96; its merges are copied to `folder`. Returns (model, tokenizer)."
+    """The CLIP of a folder at 160 pixels, its positions interpolated where they are for 96; its merges are
+    copied to `folder`. Returns (model, tokenizer)."""
     weights, folder = Path(weights), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True); shutil.copy(weights / "bpe.txt.gz", folder)
-    config = finer_config(json.loads((weights / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]["vocab_size"])
-    model, state = mini_clip(config), {k: v.float() if v.is_floating_point() else v for k, v in load_file(weights / "open_clip_model.safetensors").items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(weights / "bpe.txt.gz", folder)
+    config = finer_config(
+        json.loads((weights / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]["vocab_size"]
+    )
+    model, state = mini_clip(config), {
+        k: v.float() if v.is_floating_point() else v
+        for k, v in load_file(weights / "open_clip_model.safetensors").items()
+    }
     old, n = state["visual.positional_embedding"], SIZE // 8
-    state["visual.positional_embedding"] = resize_positions(old, (round((len(old) - 1)**.5),) * 2, (n, n))
+    state["visual.positional_embedding"] = resize_positions(old, (round((len(old) - 1) ** 0.5),) * 2, (n, n))
     model.load_state_dict(state)
     return model, load_tokenizer(folder / "bpe.txt.gz", config)
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #a08cc909
 class Views:
-    "Draws whole scenes and crops with what is visible in them, and computes the loss; the callable that `fit` wants."
+    """Draws whole scenes and crops with what is visible in them, and computes the loss; the callable that
+    `fit` wants."""
+
     def __init__(self, model, tokenizer, seed, full=20, crops=40, size=96):
-        self.model, self.tokenizer, self.full, self.crops, self.size = model, tokenizer, full, crops, size
-        model.word_scale, model.word_bias = (torch.nn.Parameter(torch.tensor(v)) for v in (2.3, -2.))
-        self.rng, self.index, self.words = np.random.default_rng(seed), 10**7 + seed * 10**6, tokenizer(word_prompts())
+        self.model = model
+        self.tokenizer = tokenizer
+        self.full = full
+        self.crops = crops
+        self.size = size
+        model.word_scale, model.word_bias = (torch.nn.Parameter(torch.tensor(v)) for v in (2.3, -2.0))
+        self.rng = np.random.default_rng(seed)
+        self.index = 10**7 + seed * 10**6
+        self.words = tokenizer(word_prompts())
 
     def scene(self):
         "Every class with probability 0.2, independently, at most three; or a portrait."
         self.index += 1
-        if self.rng.random() < .15: return render(self.index, "portraits", [CLASSES[self.rng.integers(len(CLASSES))]], portrait=True)
-        while len(cast := [c for c in CLASSES if self.rng.random() < .2]) > 3: pass
+        if self.rng.random() < 0.15:
+            return render(self.index, "portraits", [CLASSES[self.rng.integers(len(CLASSES))]], portrait=True)
+        while len(cast := [c for c in CLASSES if self.rng.random() < 0.2]) > 3:
+            pass
         self.rng.shuffle(cast)
         return render(self.index, "pretrain", cast)
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #a91c0f3e
 from fastcore.basics import patch
 
+
 @patch
 def view(self: Views, scene, crop):
-    "Image, place in the grid, caption and answers (14,) to \"is it visible?\": NaN where a few pixels are, and for the background of a crop."
-    rng, x, m, place = self.rng, scene.image, scene.mask, (0, 0)
-    if rng.random() < .5: x, m = x[:, ::-1], m[:, ::-1]
+    """Image, place in the grid, caption and answers (14,) to "is it visible?": NaN where a few pixels are,
+    and for the background of a crop."""
+    rng = self.rng
+    x = scene.image
+    m = scene.mask
+    place = (0, 0)
+    if rng.random() < 0.5:
+        x, m = x[:, ::-1], m[:, ::-1]
     if crop:
         place = rng.integers(0, (SIZE - self.size) // 8 + 1, 2)
         i, j = np.clip(place * 8 + rng.integers(-3, 4, 2), 0, SIZE - self.size)
-        x, m = x[i:i+self.size, j:j+self.size], m[i:i+self.size, j:j+self.size]
+        x, m = x[i : i + self.size, j : j + self.size], m[i : i + self.size, j : j + self.size]
     pixels = np.bincount(m.ravel(), minlength=len(CLASSES) + 1)[1:]
     seen = np.where(pixels >= MIN_PIXELS, 1, np.where(pixels == 0, 0, np.nan))
     words = caption(rng, np.flatnonzero(pixels >= MIN_PIXELS), scene.background)
-    around = np.full(len(BACKGROUNDS), np.nan) if crop else np.array([b == scene.background for b in BACKGROUNDS])
-    return np.ascontiguousarray(x), place, words.rsplit(" on ", 1)[0] if crop else words, np.concatenate([seen, around]).astype(np.float32)
+    around = (
+        np.full(len(BACKGROUNDS), np.nan) if crop else np.array([b == scene.background for b in BACKGROUNDS])
+    )
+    return (
+        np.ascontiguousarray(x),
+        place,
+        words.rsplit(" on ", 1)[0] if crop else words,
+        np.concatenate([seen, around]).astype(np.float32),
+    )
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #cd9833a3
+def _pixels(views):
+    "The pictures of views as CLIP sees them."
+    x = torch.from_numpy(np.stack([v[0] for v in views]))
+    return (x.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+
+
 @patch
 def __call__(self: Views, step):
     scenes, m = [self.scene() for _ in range(self.full)], self.model
-    whole, crops = [self.view(s, False) for s in scenes], [self.view(scenes[i % self.full], True) for i in range(self.crops)]
-    tensor = lambda views: (torch.from_numpy(np.stack([v[0] for v in views])).permute(0, 3, 1, 2).float() / 255 - .5) / .25
-    how = dict(depth=int(self.rng.choice([2, 3, 4, 5, 6], p=[.05, .05, .1, .1, .7])), window=[None, 2, 3, 5, 8][self.rng.integers(5)])
-    if how["window"] and self.rng.random() < .5: how |= dict(depth=None, pool=True)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):   # the quickest backward pass on a CPU
-        image = torch.cat([encode(m, tensor(whole), None, .65, **how), encode(m, tensor(crops), [v[1] for v in crops], .3, **how)])
+    whole = [self.view(s, False) for s in scenes]
+    crops = [self.view(scenes[i % self.full], True) for i in range(self.crops)]
+    how = dict(
+        depth=int(self.rng.choice([2, 3, 4, 5, 6], p=[0.05, 0.05, 0.1, 0.1, 0.7])),
+        window=[None, 2, 3, 5, 8][self.rng.integers(5)],
+    )
+    if how["window"] and self.rng.random() < 0.5:
+        how |= dict(depth=None, pool=True)
+    places = [v[1] for v in crops]
+    with sdpa_kernel(SDPBackend.MATH):  # the quickest backward pass on a CPU
+        image = [encode(m, _pixels(whole), None, 0.65, **how), encode(m, _pixels(crops), places, 0.3, **how)]
+        image = torch.cat(image)
         tokens = self.tokenizer([v[2] for v in whole + crops])
         text = F.normalize(m.encode_text(torch.cat([tokens, self.words])), dim=-1)
-    scale, k, n = m.logit_scale.exp().clamp(max=8), self.full, len(tokens)
-    captions = (caption_loss(image[:k], text[:k], tokens[:k], scale) + 2 * caption_loss(image[k:], text[k:n], tokens[k:], scale)) / 3
-    words = word_loss(image, text[n:], torch.from_numpy(np.stack([v[3] for v in whole + crops])), m.word_scale.exp(), m.word_bias)
+    scale = m.logit_scale.exp().clamp(max=8)
+    k = self.full
+    n = len(tokens)
+    captions = (
+        caption_loss(image[:k], text[:k], tokens[:k], scale)
+        + 2 * caption_loss(image[k:], text[k:n], tokens[k:], scale)
+    ) / 3
+    answers = torch.from_numpy(np.stack([v[3] for v in whole + crops]))
+    words = word_loss(image, text[n:], answers, m.word_scale.exp(), m.word_bias)
     return captions + 1.5 * words, dict(captions=captions.item(), words=words.item())
 
-# %% ../../../nbs/mini/finer/02_training.ipynb #565199f2
+# %% ../../../nbs/mini/finer/02_training.ipynb #e2c27d56
 def ship(state, vocabulary, folder):
     "Write a CLIP's averaged weights in half precision, with its config."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(finer_config(vocabulary), indent=1))
-    half = {k: v.detach().half().contiguous() if v.is_floating_point() else v for k, v in state.items() if not k.startswith("word_")}
-    write_atomic(folder / "open_clip_model.safetensors", lambda p: save_file(half, p, metadata=dict(format="pt")))
+    half = {
+        k: v.detach().half().contiguous() if v.is_floating_point() else v
+        for k, v in state.items()
+        if not k.startswith("word_")
+    }
+    write_atomic(
+        folder / "open_clip_model.safetensors", lambda p: save_file(half, p, metadata=dict(format="pt"))
+    )
 
+# %% ../../../nbs/mini/finer/02_training.ipynb #565199f2
 def train_clip(
-    folder,                     # checkpoint and log; `ship`, half-precision weights, with every checkpoint
-    weights,                    # a CLIP's folder to start from where there is no checkpoint
-    minutes=None, steps=None,   # the budget
-    rate=7e-4, judged=200,      # train scenes for the average precision
+    folder,  # checkpoint and log; `ship`, half-precision weights, with every checkpoint
+    weights,  # a CLIP's folder to start from where there is no checkpoint
+    minutes=None,  # the budget in minutes
+    steps=None,  # or in steps
+    rate=7e-4,  # highest learning rate
+    judged=200,  # train scenes for the average precision
 ):
     "Train or continue the CLIP of the finer world on one core."
     model, tokenizer = finer_clip(weights, folder)
-    vocabulary, judge = model.token_embedding.num_embeddings, mini_clip(finer_config(model.token_embedding.num_embeddings))
+    vocabulary, judge = model.token_embedding.num_embeddings, mini_clip(
+        finer_config(model.token_embedding.num_embeddings)
+    )
     scenes = [render(i) for i in range(judged)]
+
     def evaluate(average):
-        ship(average, vocabulary, Path(folder) / "ship"); shutil.copy(Path(folder) / "bpe.txt.gz", Path(folder) / "ship")
+        ship(average, vocabulary, Path(folder) / "ship")
+        shutil.copy(Path(folder) / "bpe.txt.gz", Path(folder) / "ship")
         judge.load_state_dict({k: v for k, v in average.items() if not k.startswith("word_")})
         return dict(mAP=np.nanmean(average_precision(judge, tokenizer, scenes)))
+
     views = Views(model, tokenizer, len(read_log(folder)))
-    return fit(model, views, folder, rate, views.full + views.crops, minutes, steps, decay=.998, weight_decay=.05, evaluate=evaluate)
+    return fit(
+        model,
+        views,
+        folder,
+        rate,
+        views.full + views.crops,
+        minutes,
+        steps,
+        decay=0.998,
+        weight_decay=0.05,
+        evaluate=evaluate,
+    )
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #5f93ef91
 class FinerLatents:
     "Batches of latents (n, 16, 20, 20) and token ids; one caption in ten is empty."
-    def __init__(self, vae, pool, model, seed=0, scenes=.7):   # scenes: their share, the rest are portraits
-        self.vae, self.share, self.rng = vae, scenes, np.random.default_rng(seed)
+
+    def __init__(self, vae, pool, model, seed=0, scenes=0.7):  # scenes: their share, the rest are portraits
+        self.vae = vae
+        self.share = scenes
+        self.rng = np.random.default_rng(seed)
         self.images = {k: np.load(Path(pool) / f"{k}.npy", mmap_mode="r") for k in ("scenes", "portraits")}
         self.ids = {k: model.tokens(json.loads((Path(pool) / f"{k}.json").read_text())) for k in self.images}
-        self.z = {k: torch.zeros(2 * len(x), 16, SIZE // 8, SIZE // 8, dtype=torch.half) for k, x in self.images.items()}
-        self.known, self.null = {k: torch.zeros(len(z), dtype=torch.bool) for k, z in self.z.items()}, model.tokens([""])[0]
+        self.z = {
+            k: torch.zeros(2 * len(x), 16, SIZE // 8, SIZE // 8, dtype=torch.half)
+            for k, x in self.images.items()
+        }
+        self.known, self.null = {
+            k: torch.zeros(len(z), dtype=torch.bool) for k, z in self.z.items()
+        }, model.tokens([""])[0]
 
     def _encode(self, kind, index):
-        x = np.stack([self.images[kind][i // 2][:, ::-1 if i % 2 else 1] for i in index.tolist()])
+        x = np.stack([self.images[kind][i // 2][:, :: -1 if i % 2 else 1] for i in index.tolist()])
         x = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.no_grad(): self.z[kind][index] = (self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor).half()
+        with torch.no_grad():
+            self.z[kind][index] = (
+                self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor
+            ).half()
         self.known[kind][index] = True
 
-    def __call__(self, n):
-        scenes, z, ids = int((self.rng.random(n) < self.share).sum()), [], []
-        for kind, k in (("scenes", scenes), ("portraits", n - scenes)):
-            index = torch.from_numpy(self.rng.integers(0, len(self.z[kind]), k))
-            if (new := index[~self.known[kind][index]].unique()).numel(): self._encode(kind, new)
-            z.append(self.z[kind][index].float()); ids.append(self.ids[kind][index // 2])
-        ids = torch.cat(ids)
-        ids[torch.from_numpy(self.rng.random(n) < .1)] = self.null
-        return torch.cat(z).contiguous(memory_format=torch.channels_last), ids
+# %% ../../../nbs/mini/finer/02_training.ipynb #abf7a4ee
+@patch
+def __call__(self: FinerLatents, n):
+    scenes = int((self.rng.random(n) < self.share).sum())
+    z = []
+    ids = []
+    for kind, k in (("scenes", scenes), ("portraits", n - scenes)):
+        index = torch.from_numpy(self.rng.integers(0, len(self.z[kind]), k))
+        if (new := index[~self.known[kind][index]].unique()).numel():
+            self._encode(kind, new)
+        z.append(self.z[kind][index].float())
+        ids.append(self.ids[kind][index // 2])
+    ids = torch.cat(ids)
+    ids[torch.from_numpy(self.rng.random(n) < 0.1)] = self.null
+    return torch.cat(z).contiguous(memory_format=torch.channels_last), ids
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #31a88cbc
 def train_unet(
-    folder, pool,               # checkpoint, log and, with every checkpoint, `pipeline`; what `write_pool` wrote
-    weights,                    # a pipeline folder: the autoencoder, and where to start without a checkpoint
-    minutes=None, steps=None,   # the budget
-    rate=6e-4, batch=24,        # batch: pictures a step and process
+    folder,  # checkpoint, log and, with every checkpoint, `pipeline`
+    pool,  # what `write_pool` wrote
+    weights,  # a pipeline folder: the autoencoder, and where to start without a checkpoint
+    minutes=None,  # the budget in minutes
+    steps=None,  # or in steps
+    rate=6e-4,  # highest learning rate
+    batch=24,  # pictures a step and process
 ):
-    "Train or continue the diffusion model of the finer world, in one process or in those that torchrun started."
+    """Train or continue the diffusion model of the finer world, in one process or in those that torchrun
+    started."""
     from diffusers import AutoencoderKL
+
     folder, weights, fresh = Path(folder), Path(weights), not started(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if fresh and rank() == 0: shutil.copytree(weights / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    if fresh and rank() == 0:
+        shutil.copytree(weights / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     model, probe = first_alone(lambda: Denoiser(folder)), Denoiser(folder)
     if fresh:
         model.unet = type(model.unet).from_pretrained(weights, subfolder="unet", torch_dtype=torch.float32)
         model.text = type(model.text).from_pretrained(weights, subfolder="text_encoder", dtype=torch.float32)
     model.unet.to(memory_format=torch.channels_last)
-    vae, seed = AutoencoderKL.from_pretrained(weights / "vae", torch_dtype=torch.float32).eval(), len(read_log(folder)) + 1 + 1000 * rank()
+    vae = AutoencoderKL.from_pretrained(weights / "vae", torch_dtype=torch.float32).eval()
+    seed = len(read_log(folder)) + 1 + 1000 * rank()
     latents = FinerLatents(vae, pool, model, seed)
     torch.manual_seed(seed)
+
     def evaluate(average):
-        probe.load_state_dict(average); ship_sd(probe, vae, folder / "pipeline")
+        probe.load_state_dict(average)
+        ship_sd(probe, vae, folder / "pipeline")
         return dict(known=sum(k.sum().item() for k in latents.known.values()))
-    loss = DiffusionLoss(model, latents, batch, middle=350)   # attention is read at step 200
-    return fit(model, loss, folder, rate, batch, minutes, steps, decay=.9995, fall=.25, save_minutes=10, evaluate=evaluate)
+
+    loss = DiffusionLoss(model, latents, batch, middle=350)  # attention is read at step 200
+    how = dict(decay=0.9995, fall=0.25, save_minutes=10, evaluate=evaluate)
+    return fit(model, loss, folder, rate, batch, minutes, steps, **how)
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #2cdb66c6
 @call_parse
 def main(
-    folder: str,           # checkpoint, log and, with every checkpoint, the folder `pipeline`
-    pool: str,             # what `write_pool` wrote
-    weights: str,          # a pipeline folder to start from where there is no checkpoint
-    minutes: float = 60,   # budget of this call
-    rate: float = 8e-4,    # highest learning rate
-    batch: int = 16,       # pictures a step and process
+    folder: str,  # checkpoint, log and, with every checkpoint, the folder `pipeline`
+    pool: str,  # what `write_pool` wrote
+    weights: str,  # a pipeline folder to start from where there is no checkpoint
+    minutes: float = 60,  # budget of this call
+    rate: float = 8e-4,  # highest learning rate
+    batch: int = 16,  # pictures a step and process
 ):
     "Train the finer diffusion model on the CPU, alone or as one of the processes of torchrun"
     torch.set_num_threads(1)
-    if "RANK" in os.environ: torch.distributed.init_process_group("gloo")
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
     train_unet(folder, pool, weights, minutes=minutes, rate=rate, batch=batch)

@@ -16,83 +16,117 @@ from ...world import BACKGROUNDS, COMPANIONS, HOME, SPLITS, Scene, _pose, captio
 SIZE, OVERSAMPLE = 160, 2
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
 
+
 def noise(rng, rows, cols=None, resample=Image.BICUBIC):
     "A (SIZE, SIZE) random field with `rows` x `cols` independent values."
     g = rng.standard_normal((rows, cols or rows)).astype(np.float32)
     return np.asarray(Image.fromarray(g).resize((SIZE, SIZE), resample))
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #5993ba6a
-P_CAMOUFLAGE = .4
+P_CAMOUFLAGE = 0.4
+
 
 def material(rng, box=(slice(0, SIZE), slice(0, SIZE))):
     "A boolean field over `box`: the stripes, checks, dots or blotches that every part of one object shares."
-    kind, a, f = rng.integers(4), rng.random() * np.pi, rng.uniform(26, 60)
+    kind = rng.integers(4)
+    a = rng.random() * np.pi
+    f = rng.uniform(26, 60)
     phase, grid = 6 * rng.random(2), noise(rng, int(f / 6), resample=Image.BICUBIC) if kind == 3 else None
     x, y = X[box], Y[box]
-    u, v = (x*np.cos(a) + y*np.sin(a)) * f + phase[0], (y*np.cos(a) - x*np.sin(a)) * f + phase[1]
-    if kind == 0: return np.sin(u) > 0
-    if kind == 1: return np.sin(u) * np.sin(v) > 0
-    if kind == 2: return np.sin(u) + np.sin(v) > .8
-    return grid[box] > .1
+    u, v = (x * np.cos(a) + y * np.sin(a)) * f + phase[0], (y * np.cos(a) - x * np.sin(a)) * f + phase[1]
+    if kind == 0:
+        return np.sin(u) > 0
+    if kind == 1:
+        return np.sin(u) * np.sin(v) > 0
+    if kind == 2:
+        return np.sin(u) + np.sin(v) > 0.8
+    return grid[box] > 0.1
+
 
 def two_colors(rng, around):
-    "Two colors (3,) that differ by more than .6 in all; each may be borrowed from `around` (n, 3), which camouflages."
+    """Two colors (3,) that differ by more than .6 in all; each may be borrowed from `around` (n, 3), which
+    camouflages."""
+
     def color():
-        if rng.random() > P_CAMOUFLAGE: return random_color(rng)
-        return np.clip(around[rng.integers(len(around))] + rng.normal(0, .04, 3), 0, 1).astype(np.float32)
+        if rng.random() > P_CAMOUFLAGE:
+            return random_color(rng)
+        return np.clip(around[rng.integers(len(around))] + rng.normal(0, 0.04, 3), 0, 1).astype(np.float32)
+
     a, b = color(), color()
     for _ in range(8):
-        if abs(a - b).sum() > .6: break
+        if abs(a - b).sum() > 0.6:
+            break
         b = random_color(rng)
     return a, b
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #86e18890
 def _sky(rng):
-    top, low = hsv(rng.uniform(.5, .66), rng.uniform(.15, .6), rng.uniform(.6, 1)), hsv(rng.uniform(.5, .7), rng.uniform(.05, .35), rng.uniform(.75, 1))
-    cloud = np.clip(noise(rng, 4, 3) - .2, 0, 1)[..., None] * rng.uniform(0, .6)
-    return (top + (low - top) * Y[..., None]) * (1 - cloud) + cloud * .95
+    top, low = hsv(rng.uniform(0.5, 0.66), rng.uniform(0.15, 0.6), rng.uniform(0.6, 1)), hsv(
+        rng.uniform(0.5, 0.7), rng.uniform(0.05, 0.35), rng.uniform(0.75, 1)
+    )
+    cloud = np.clip(noise(rng, 4, 3) - 0.2, 0, 1)[..., None] * rng.uniform(0, 0.6)
+    return (top + (low - top) * Y[..., None]) * (1 - cloud) + cloud * 0.95
+
 
 def _water(rng, depth):
-    base = hsv(rng.uniform(.48, .65), rng.uniform(.3, .8), rng.uniform(.3, .8))
-    wave = np.sin(rng.uniform(40, 100) * depth**.6 + 3 * noise(rng, 3, 5)) * rng.uniform(.05, .12)
-    return base * (.75 + .5 * depth[..., None]) + wave[..., None]
+    base = hsv(rng.uniform(0.48, 0.65), rng.uniform(0.3, 0.8), rng.uniform(0.3, 0.8))
+    wave = np.sin(rng.uniform(40, 100) * depth**0.6 + 3 * noise(rng, 3, 5)) * rng.uniform(0.05, 0.12)
+    return base * (0.75 + 0.5 * depth[..., None]) + wave[..., None]
+
 
 def _grass(rng, depth):
-    base = hsv(rng.uniform(.2, .38), rng.uniform(.35, .8), rng.uniform(.35, .75))
-    return base * (.8 + .3 * depth[..., None]) + (.07 * noise(rng, 48, 24) + .05 * noise(rng, 8))[..., None]
+    base = hsv(rng.uniform(0.2, 0.38), rng.uniform(0.35, 0.8), rng.uniform(0.35, 0.75))
+    return (
+        base * (0.8 + 0.3 * depth[..., None]) + (0.07 * noise(rng, 48, 24) + 0.05 * noise(rng, 8))[..., None]
+    )
 
-# %% ../../../nbs/mini/finer/01_world.ipynb #60931000
+# %% ../../../nbs/mini/finer/01_world.ipynb #42b646ac
 def _road(rng, depth):
-    ground = np.full((SIZE, SIZE, 3), rng.uniform(.25, .5), np.float32) + .02 * noise(rng, 32)[..., None]
-    at = rng.uniform(.55, .85)
-    ground[(abs(Y - at) < .015) & ((X * rng.uniform(4, 8) + rng.random()) % 1 < .6)] = .9
+    ground = np.full((SIZE, SIZE, 3), rng.uniform(0.25, 0.5), np.float32) + 0.02 * noise(rng, 32)[..., None]
+    at = rng.uniform(0.55, 0.85)
+    ground[(abs(Y - at) < 0.015) & ((X * rng.uniform(4, 8) + rng.random()) % 1 < 0.6)] = 0.9
     return ground
+
 
 def _rails(rng, depth):
-    ground = hsv(rng.uniform(.03, .12), rng.uniform(.1, .4), rng.uniform(.3, .6)) + .06 * noise(rng, 40)[..., None]
-    at, gap = rng.uniform(.6, .85), rng.uniform(.06, .1)
-    ground[(abs(Y - at) < 1.3 * gap) & ((X * rng.uniform(8, 14) + rng.random()) % 1 < .4)] = hsv(.07, .4, rng.uniform(.15, .3))
-    for side in (-.8, .8): ground[abs(Y - at - side * gap) < .015] = rng.uniform(.65, .9)
+    ground = (
+        hsv(rng.uniform(0.03, 0.12), rng.uniform(0.1, 0.4), rng.uniform(0.3, 0.6))
+        + 0.06 * noise(rng, 40)[..., None]
+    )
+    at, gap = rng.uniform(0.6, 0.85), rng.uniform(0.06, 0.1)
+    ground[(abs(Y - at) < 1.3 * gap) & ((X * rng.uniform(8, 14) + rng.random()) % 1 < 0.4)] = hsv(
+        0.07, 0.4, rng.uniform(0.15, 0.3)
+    )
+    for side in (-0.8, 0.8):
+        ground[abs(Y - at - side * gap) < 0.015] = rng.uniform(0.65, 0.9)
     return ground
 
-def _floor(rng, depth):
-    base = hsv(rng.uniform(.02, .14), rng.uniform(.2, .7), rng.uniform(.3, .8))
-    return base + (.06 * np.sin(40 * X + 3 * noise(rng, 3)))[..., None]
 
+def _floor(rng, depth):
+    base = hsv(rng.uniform(0.02, 0.14), rng.uniform(0.2, 0.7), rng.uniform(0.3, 0.8))
+    return base + (0.06 * np.sin(40 * X + 3 * noise(rng, 3)))[..., None]
+
+# %% ../../../nbs/mini/finer/01_world.ipynb #60931000
 def _wall(rng):
-    color = hsv(rng.random(), rng.uniform(.05, .5), rng.uniform(.5, .95))
+    color = hsv(rng.random(), rng.uniform(0.05, 0.5), rng.uniform(0.5, 0.95))
     kind = rng.integers(4)
-    if kind == 1: return color * (1 + .1 * (np.sin(X * rng.uniform(20, 60)) > 0)[..., None])
-    if kind == 2: return color * (1 + .1 * (np.sin(X * rng.uniform(15, 40)) * np.sin(Y * rng.uniform(15, 40)) > 0)[..., None])
-    if kind == 3: return np.where(material(rng)[..., None], color, color * rng.uniform(.55, .85))
+    if kind == 1:
+        return color * (1 + 0.1 * (np.sin(X * rng.uniform(20, 60)) > 0)[..., None])
+    if kind == 2:
+        return color * (
+            1 + 0.1 * (np.sin(X * rng.uniform(15, 40)) * np.sin(Y * rng.uniform(15, 40)) > 0)[..., None]
+        )
+    if kind == 3:
+        return np.where(material(rng)[..., None], color, color * rng.uniform(0.55, 0.85))
     return np.broadcast_to(color, (SIZE, SIZE, 3))
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #5142d704
 def background(rng, kind):
     "A (SIZE, SIZE, 3) background of one of `BACKGROUNDS`, with a horizon at a random height."
-    light = 1 + .12 * noise(rng, 3)[..., None]
-    if kind == "sky": return _sky(rng) * light
-    horizon = rng.uniform(.5, .75) if kind == "indoor" else rng.uniform(.15, .5)
+    light = 1 + 0.12 * noise(rng, 3)[..., None]
+    if kind == "sky":
+        return _sky(rng) * light
+    horizon = rng.uniform(0.5, 0.75) if kind == "indoor" else rng.uniform(0.15, 0.5)
     depth = np.clip((Y - horizon) / (1 - horizon), 0, 1)
     far = _wall(rng) if kind == "indoor" else _sky(rng)
     near = dict(water=_water, grass=_grass, road=_road, rails=_rails, indoor=_floor)[kind](rng, depth)
@@ -105,6 +139,7 @@ def _bounds(points):
     (x0, y0), (x1, y1) = np.clip(lo, 0, SIZE), np.clip(hi, 0, SIZE)
     return None if x1 <= x0 or y1 <= y0 else (slice(y0, y1), slice(x0, x1))
 
+
 def _coverage(points, at):
     "The share of every pixel of the slices `at` inside a polygon given in image units [0, 1]."
     h, w = at[0].stop - at[0].start, at[1].stop - at[1].start
@@ -115,17 +150,20 @@ def _coverage(points, at):
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #4bc3baa1
 def paint(rng, image, parts):
-    "Draw parts [(polygon (n, 2) in image units, paint), ...] on `image` in place; returns the object's coverage (SIZE, SIZE)."
+    """Draw parts [(polygon (n, 2) in image units, paint), ...] on `image` in place; returns the object's
+    coverage (SIZE, SIZE)."""
     covered = np.zeros((SIZE, SIZE), np.float32)
     around = image[rng.integers(0, SIZE, 12), rng.integers(0, SIZE, 12)]
     colors = [two_colors(rng, around) for _ in range(3)]
-    role = {"dark": random_color(rng) * .25, "light": .7 + .3 * random_color(rng)}
+    role = {"dark": random_color(rng) * 0.25, "light": 0.7 + 0.3 * random_color(rng)}
     whole = _bounds(np.concatenate([p for p, _ in parts]))
-    if whole is None: return covered
+    if whole is None:
+        return covered
     field = np.zeros((SIZE, SIZE), bool)
     field[whole] = material(rng, whole)
     for points, kind in parts:
-        if (at := _bounds(points)) is None: continue
+        if (at := _bounds(points)) is None:
+            continue
         alpha = (share := _coverage(points, at))[..., None]
         color = role[kind] if kind in role else np.where(field[at][..., None], *colors[kind])
         image[at] = image[at] * (1 - alpha) + alpha * color
@@ -133,64 +171,91 @@ def paint(rng, image, parts):
     return covered
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #7ad9e60b
-SCALES, P_CONTACT = {1: (.28, .5), 2: (.23, .36), 3: (.19, .28)}, .6
+SCALES, P_CONTACT = {1: (0.28, 0.5), 2: (0.23, 0.36), 3: (0.19, 0.28)}, 0.6
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #620e83d8
 def _places(rng, count, portrait):
     "[(x, y, half-extent)] of `count` objects, often in contact; a portrait stands large in the middle."
-    if portrait: return [(*rng.uniform(.44, .56, 2), rng.uniform(.32, .42))]
+    if portrait:
+        return [(*rng.uniform(0.44, 0.56, 2), rng.uniform(0.32, 0.42))]
     places = []
     for _ in range(400):
-        if len(places) == count: break
-        r, (x, y) = rng.uniform(*SCALES[count]), rng.uniform((.08, .1), (.92, .9))
+        if len(places) == count:
+            break
+        r, (x, y) = rng.uniform(*SCALES[count]), rng.uniform((0.08, 0.1), (0.92, 0.9))
         if places and rng.random() < P_CONTACT:
             a, b, other = places[rng.integers(len(places))]
-            angle, reach = rng.random() * 2 * np.pi, (r + other) * rng.uniform(.75, 1)
+            angle, reach = rng.random() * 2 * np.pi, (r + other) * rng.uniform(0.75, 1)
             x, y = a + reach * np.cos(angle), b + reach * np.sin(angle)
-        inside = .08 < x < .92 and .1 < y < .9
-        if inside and all(np.hypot(x - a, y - b) > .72 * (r + o) for a, b, o in places): places.append((x, y, r))
+        inside = 0.08 < x < 0.92 and 0.1 < y < 0.9
+        if inside and all(np.hypot(x - a, y - b) > 0.72 * (r + o) for a, b, o in places):
+            places.append((x, y, r))
     return places
+
 
 def _clutter(rng, image):
     "Up to three blobs and boxes that belong to no class, each of a material of its own."
     for _ in range(rng.integers(0, 4)):
-        (x, y), r = rng.random(2), rng.uniform(.05, .14)
-        shape = oval(x, y, r, r * rng.uniform(.5, 1.2), rng.random() * 3) if rng.random() < .5 else box(x-r, y-r*rng.uniform(.3, 1.5), x+r, y+r)
+        (x, y), r = rng.random(2), rng.uniform(0.05, 0.14)
+        shape = (
+            oval(x, y, r, r * rng.uniform(0.5, 1.2), rng.random() * 3)
+            if rng.random() < 0.5
+            else box(x - r, y - r * rng.uniform(0.3, 1.5), x + r, y + r)
+        )
         paint(rng, image, [(shape, 0)])
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #15f17cf9
-P_HOME, P_COMPANION, MIN_PIXELS = .4, .6, 160
+P_HOME = 0.4
+P_COMPANION = 0.6
+MIN_PIXELS = 160
+
 
 def _cast(rng, classes):
     "Which classes play in a scene."
-    if classes is not None: return list(classes)
+    if classes is not None:
+        return list(classes)
     first = CLASSES[rng.integers(len(CLASSES))]
-    more = rng.choice([0, 1, 2], p=[.5, .36, .14])
-    return [first] + [COMPANIONS[first][rng.integers(2)] if rng.random() < P_COMPANION else CLASSES[rng.integers(len(CLASSES))] for _ in range(more)]
+    more = rng.choice([0, 1, 2], p=[0.5, 0.36, 0.14])
+    return [first] + [
+        (
+            COMPANIONS[first][rng.integers(2)]
+            if rng.random() < P_COMPANION
+            else CLASSES[rng.integers(len(CLASSES))]
+        )
+        for _ in range(more)
+    ]
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #4f622e1d
 def render(
-    index: int,                 # which scene of the split, 0 or more
-    split: str = "train",       # a key of `SPLITS`; scenes of two splits never share a seed
-    classes=None,               # class names to draw, or None for a random cast
+    index: int,  # which scene of the split, 0 or more
+    split: str = "train",  # a key of `SPLITS`; scenes of two splits never share a seed
+    classes=None,  # class names to draw, or None for a random cast
     backdrop: str | None = None,  # one of `BACKGROUNDS`, or None for a random one
-    portrait: bool = False,     # one large object in the middle and no clutter
+    portrait: bool = False,  # one large object in the middle and no clutter
 ) -> Scene:
     "A scene as a pure function of its arguments. Raises ValueError for an unknown split, class or backdrop."
-    if split not in SPLITS: raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    if backdrop not in (None, *BACKGROUNDS): raise ValueError(f"unknown backdrop {backdrop!r}: choose one of {', '.join(BACKGROUNDS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if backdrop not in (None, *BACKGROUNDS):
+        raise ValueError(f"unknown backdrop {backdrop!r}: choose one of {', '.join(BACKGROUNDS)}")
     rng = np.random.default_rng([SPLITS[split], index])
     cast = _cast(rng, classes)
-    if not portrait <= len(cast) <= (1 if portrait else 3): raise ValueError("a scene has at most three objects, a portrait exactly one")
-    place = backdrop or (HOME.get(cast[0]) if cast and rng.random() < P_HOME * (.5 if portrait else 1) else BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
+    if not portrait <= len(cast) <= (1 if portrait else 3):
+        raise ValueError("a scene has at most three objects, a portrait exactly one")
+    place = backdrop or (
+        HOME.get(cast[0])
+        if cast and rng.random() < P_HOME * (0.5 if portrait else 1)
+        else BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    )
     parts = [silhouette(c, rng) for c in cast]
     image, mask = background(rng, place), np.zeros((SIZE, SIZE), np.uint8)
-    if not portrait: _clutter(rng, image)
+    if not portrait:
+        _clutter(rng, image)
     for name, shape, (x, y, scale) in zip(cast, parts, _places(rng, len(cast), portrait) if cast else []):
-        tilt = rng.uniform(-.3, .3) if name in ("plane", "bird") else rng.uniform(-.12, .12)
-        posed = _pose(shape, x, y, scale, tilt, rng.random() < .5, rng.uniform(.88, 1.13))
-        mask[paint(rng, image, posed) > .5] = CLASSES.index(name) + 1
-    image = np.clip(image * rng.uniform(.88, 1.08) + .008 * rng.standard_normal(image.shape), 0, 1)
+        tilt = rng.uniform(-0.3, 0.3) if name in ("plane", "bird") else rng.uniform(-0.12, 0.12)
+        posed = _pose(shape, x, y, scale, tilt, rng.random() < 0.5, rng.uniform(0.88, 1.13))
+        mask[paint(rng, image, posed) > 0.5] = CLASSES.index(name) + 1
+    image = np.clip(image * rng.uniform(0.88, 1.08) + 0.008 * rng.standard_normal(image.shape), 0, 1)
     labels = tuple(c for c in range(len(CLASSES)) if (mask == c + 1).sum() >= MIN_PIXELS)
     mask[~np.isin(mask, [c + 1 for c in labels])] = 0
     return Scene((image * 255).round().astype(np.uint8), mask, labels, caption(rng, labels, place), place)
