@@ -185,20 +185,19 @@ def confident(
     return row_normalize(A * (A > (0.2 / A.shape[-1] if tau is None else tau)), fallback=A)
 
 # %% ../nbs/3_vce/33_acr.ipynb #5e384b49
-PROPAGATIONS = (
-    {  # name -> function of the affinity label R (B, N, N) and the confident A (B, N, N), rows sum to 1
-        "affinity": lambda R, A: R,
-        "mask": lambda R, A: R * A,
-        "average": lambda R, A: row_normalize(R) @ A,
-        "two_sided": lambda R, A: row_normalize(R) @ A @ row_normalize(R),
-        "right": lambda R, A: A @ R,
-        "mask_square": lambda R, A: R * (A @ A),
-        "promote": lambda R, A: A + R * A,
-        "lazy_average": lambda R, A: (A + row_normalize(R) @ A) / 2,
-        "lazy_square": lambda R, A: (A + row_normalize(R * (A @ A), A)) / 2,
-        "walk": lambda R, A: A @ row_normalize(R * A),
-    }
-)
+# name -> function of the affinity label R (B, N, N) and the confident A (B, N, N), rows sum to 1
+PROPAGATIONS = {
+    "affinity": lambda R, A: R,
+    "mask": lambda R, A: R * A,
+    "average": lambda R, A: row_normalize(R) @ A,
+    "two_sided": lambda R, A: row_normalize(R) @ A @ row_normalize(R),
+    "right": lambda R, A: A @ R,
+    "mask_square": lambda R, A: R * (A @ A),
+    "promote": lambda R, A: A + R * A,
+    "lazy_average": lambda R, A: (A + row_normalize(R) @ A) / 2,
+    "lazy_square": lambda R, A: (A + row_normalize(R * (A @ A), A)) / 2,
+    "walk": lambda R, A: A @ row_normalize(R * A),
+}
 
 # %% ../nbs/3_vce/33_acr.ipynb #ea55d337
 def refine_attention(

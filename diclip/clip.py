@@ -127,7 +127,8 @@ class DenseCLIP(nn.Module):
         return super().train(False)
 
 # %% ../nbs/2_clip/21_clip.ipynb #df1dbe76
-READOUTS = {  # tokens after the last block, tokens before the first edited block, edited attention outputs -> what is projected
+# tokens after the last block, before the first edited block, edited attention outputs -> what is projected
+READOUTS = {
     "inplace": lambda h, start, outputs: h,
     "progressive": lambda h, start, outputs: outputs[-1],
     "dual": lambda h, start, outputs: start + sum(outputs),

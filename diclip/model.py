@@ -176,7 +176,7 @@ def cams(
     batch: int = 16,  # images at a time
 ) -> list:  # of (C_i, H, W) tensors in [0, 1], in the order of the names
     """Class activation maps at each image's own size.
-    Raises ValueError for unknown classes, images that are none, and scales that are none."""
+    Raises ValueError for unknown classes, invalid images and invalid scales."""
     x, sizes = self.prepare(images)
     wanted, p = self.class_indices(classes, len(x)), self.profile
     labels = torch.zeros(len(x), len(p.classes), dtype=torch.bool, device=self.device)

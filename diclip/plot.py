@@ -7,6 +7,8 @@ __all__ = ['DPI', 'OKABE_ITO', 'to_numpy', 'show', 'explain', 'grid', 'overlay',
            'curves', 'bars', 'table']
 
 # %% ../nbs/1_ground/14_plot.ipynb #d989ed09
+from itertools import cycle
+
 import numpy as np
 from .data import palette
 
@@ -142,8 +144,8 @@ def curves(
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=size, dpi=DPI, layout="constrained")
-    for label, (x, y, *band) in lines.items():
-        (line,) = ax.plot(x, y, marker="o" if len(x) < 20 else None, ms=3, lw=1.2, label=label)
+    for (label, (x, y, *band)), style in zip(lines.items(), cycle(["-", "--", "-.", ":"])):
+        (line,) = ax.plot(x, y, style, marker="o" if len(x) < 20 else None, ms=3, lw=1.2, label=label)
         if band:
             ax.fill_between(x, *band, alpha=0.2, color=line.get_color(), lw=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)

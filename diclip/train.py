@@ -145,7 +145,7 @@ class Learner:
 # %% ../nbs/5_training/54_train.ipynb #61e943cf
 @patch
 def look(self: Learner, batch) -> dict:
-    "What the frozen models say about a batch: computed now, or remembered."
+    "Outputs of the frozen models for a batch, computed or taken from memory."
     device = self.accelerator.device
     if self.memory is None:
         return self.frozen(batch["image"].to(device), batch["labels"].to(device))

@@ -13,7 +13,8 @@ from .acr import refine_attention
 from .config import VceSettings
 
 # %% ../nbs/3_vce/34_vce.ipynb #7581ca33
-FUSIONS = {  # Table XII: name -> function of CLIP's patch block A (B, H, N, N) and S = alpha * SD's attention (B, 1, N, N)
+# Table XII: name -> function of CLIP's patch block A (B, H, N, N) and S = alpha * SD's attention (B, 1, N, N)
+FUSIONS = {
     "additive": lambda A, S: A + S,
     "clip": lambda A, S: A,
     "sd": lambda A, S: S.expand_as(A),
@@ -113,7 +114,7 @@ def profile_features(
     images: Tensor,  # (B, 3, H, W) in [0, 1]
     attention: Tensor,  # (B, N, N) what is fused, rows sum to 1
     profile,  # `Profile`: layers, alpha, fusion, readout
-) -> Tensor:  # (B, N, d), L2-normalised
+) -> Tensor:  # (B, N, d), L2-normalized
     "`enhanced_features` (7) of any attention with a profile's settings"
     return enhanced_features(
         clip, images, attention, profile.layers, profile.alpha, profile.fusion, profile.readout
@@ -125,7 +126,7 @@ def vce_features(
     sd,  # `StableDiffusion`, anything with the same `attention`, or None for raw CLIP
     images: Tensor,  # (B, 3, H, W) in [0, 1]
     profile,  # `Profile`
-) -> Tensor:  # (B, N, d), L2-normalised
+) -> Tensor:  # (B, N, d), L2-normalized
     "Patch features of the VCE encoder, eq. (3)-(7), with a profile's settings"
     if sd is None:
         return clip.dense(images).patches
