@@ -113,7 +113,7 @@ OKABE_ITO = (
 
 
 def screen_palette() -> np.ndarray:  # (256, 3) uint8
-    "The colors of figures: gray background, eight colors that everybody can tell apart, then VOC's; 255 is white."
+    "The colors of figures: gray background, eight that everybody can tell apart, then VOC's; 255 is white."
     colors = palette().copy()
     colors[0], colors[255] = 225, 255
     colors[1:9] = [list(bytes.fromhex(c)) for c in OKABE_ITO]
