@@ -1,4 +1,6 @@
 "Losses (14), (15), the logs' affinity loss, and the schedule."
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,3 +83,19 @@ def test_schedule_stays_between_zero_and_its_base(steps, warmup, power):
     (lambda: learning_rate(11, 10, 1.), "ends there")])
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+def test_the_total_loss_by_value():
+    "Equation (15): networks that know nothing lose ln 9 on pixels and ln 9 on patches, whatever the labels."
+    from diclip.config import profile
+    from diclip.train import total_loss
+    p = profile("mini", cache_weight=.3, foreground_weight=.7)
+    target, patches = torch.randint(0, 9, (2, 8, 8)), torch.randint(0, 9, (2, 4))
+    loss, parts = total_loss(torch.zeros(2, 9, 4, 4), torch.zeros(2, 4, 9), None, target, patches, p)
+    assert loss.item() == pytest.approx(1.3 * math.log(9), rel=1e-5) and set(parts) == {"seg", "cache"}
+    assert total_loss(torch.zeros(2, 9, 4, 4), None, None, target, None, p)[0].item() == pytest.approx(math.log(9), rel=1e-5)
+    sure = torch.nn.functional.one_hot(target[:, ::2, ::2].contiguous(), 9).permute(0, 3, 1, 2) * 50.
+    right = sure.argmax(1).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    votes = torch.nn.functional.one_hot((patches - 1) % 9, 9) * 50.
+    small = total_loss(sure.repeat_interleave(2, 2).repeat_interleave(2, 3), votes, None, right, patches, p)[0]
+    assert small.item() < 1e-6
