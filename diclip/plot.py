@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DPI', 'OKABE_ITO', 'to_numpy', 'show', 'explain', 'grid', 'overlay', 'screen_palette', 'mask_rgb', 'group_rgb',
-           'curves', 'bars', 'table']
+           'row_map', 'object_patch', 'marked', 'curves', 'bars', 'table']
 
 # %% ../nbs/1_ground/14_plot.ipynb #d989ed09
 from itertools import cycle
@@ -130,6 +130,44 @@ def group_rgb(groups) -> np.ndarray:
     import matplotlib
 
     return matplotlib.colormaps["tab10"](to_numpy(groups).astype(int) % 10)[..., :3]
+
+# %% ../nbs/1_ground/14_plot.ipynb #642333de
+def row_map(
+    A,  # (N, N) attention, array or tensor
+    i,  # the query, 0 to N - 1
+    grid: tuple,  # (h, w), h * w = N
+) -> np.ndarray:  # (h, w), NaN at the query
+    "Where one patch looks."
+    row = to_numpy(A[i]).astype(float)
+    row[int(i)] = np.nan
+    return row.reshape(grid)
+
+
+def object_patch(
+    mask,  # (H, W), 0 is background
+    grid: tuple,  # (h, w)
+) -> int:
+    "The patch with the most foreground in it and around it."
+    import torch
+    from torch.nn import functional as F
+
+    share = F.adaptive_avg_pool2d(torch.as_tensor(to_numpy(mask) > 0).float()[None], grid)
+    return int((share + F.avg_pool2d(share, 3, 1, 1)).flatten().argmax())
+
+
+def marked(
+    image,  # (H, W, 3) or (3, H, W), uint8 or float in [0, 1]
+    i,  # a patch, 0 to h * w - 1
+    grid: tuple,  # (h, w)
+    color=(1.0, 0.0, 1.0),  # RGB in [0, 1]
+) -> np.ndarray:  # (H, W, 3) float in [0, 1]
+    "The image with one patch painted over, but for its border."
+    x = to_numpy(image)
+    x = x / 255 if x.dtype == np.uint8 else x.copy()
+    h, w = x.shape[0] / grid[0], x.shape[1] / grid[1]
+    r, c = divmod(int(i), grid[1])
+    x[round(r * h) + 1 : round((r + 1) * h) - 1, round(c * w) + 1 : round((c + 1) * w) - 1] = color
+    return x
 
 # %% ../nbs/1_ground/14_plot.ipynb #c6334bb3
 def curves(

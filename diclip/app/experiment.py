@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'by_size', 'choose_threshold', 'score', 'center_prior', 'summarize', 'paired_difference', 'verdict',
-           'Seeded', 'format_table', 'environment', 'save_record']
+           'batched', 'Seeded', 'format_table', 'environment', 'save_record']
 
 # %% ../../nbs/6_use/62_experiment.ipynb #8e2113cd
 import json, platform, subprocess
@@ -110,6 +110,17 @@ def verdict(low: float, high: float) -> str:
     return "holds" if low > 0 else "reversed" if high < 0 else "not shown"
 
 # %% ../../nbs/6_use/62_experiment.ipynb #1944e22c
+def batched(
+    f,  # tensors of a batch -> tensor
+    *tensors: Tensor,  # all with the same first dimension
+    size: int = 25,  # of a batch
+    device="cpu",  # where `f` runs
+) -> Tensor:  # on the CPU
+    "A function over batches of the first dimension."
+    parts = zip(*(t.split(size) for t in tensors))
+    return torch.cat([f(*(t.to(device) for t in part)).cpu() for part in parts])
+
+
 class Seeded:
     "A `StableDiffusion` whose attention sees the noise of another seed."
 
