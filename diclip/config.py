@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'Share', 'PropagationName', 'FusionName', 'ReadoutName', 'VOC_CLASSES', 'BACKGROUND_WORDS', 'VOC',
-           'COCO_CLASSES', 'COCO', 'MINI_CLASSES', 'MINI', 'PROFILES', 'settings', 'DataSettings', 'ModelSettings',
-           'CamSettings', 'VceSettings', 'CacheSettings', 'RetrievalSettings', 'LabelSettings', 'HeadSettings',
-           'TrainingSettings', 'InferenceSettings', 'Profile', 'profile']
+           'COCO_CLASSES', 'COCO', 'MINI_CLASSES', 'MINI', 'PROFILES', 'profile', 'settings', 'DataSettings',
+           'ModelSettings', 'CamSettings', 'VceSettings', 'CacheSettings', 'RetrievalSettings', 'LabelSettings',
+           'HeadSettings', 'TrainingSettings', 'InferenceSettings', 'Profile', 'get_profile']
 
 # %% ../nbs/1_ground/11_config.ipynb #80bf0dc5
 from dataclasses import fields, replace
@@ -340,7 +340,7 @@ MINI = Profile(
 PROFILES = {p.name: p for p in (MINI, VOC, COCO)}
 
 # %% ../nbs/1_ground/11_config.ipynb #3562f4a9
-def profile(
+def get_profile(
     name: str = "mini",  # "mini", "voc" or "coco"
     **overrides,  # settings to change, e.g. rounds=0
 ) -> Profile:
@@ -355,3 +355,6 @@ def profile(
             near = get_close_matches(key, known, 3) or known
             raise ValueError(f"unknown setting {key!r}: did you mean {', '.join(near)}?")
     return replace(PROFILES[name], **overrides)
+
+
+profile = get_profile  # the short name

@@ -131,7 +131,7 @@ def group_rgb(groups) -> np.ndarray:
 
     return matplotlib.colormaps["tab10"](to_numpy(groups).astype(int) % 10)[..., :3]
 
-# %% ../nbs/1_ground/14_plot.ipynb #642333de
+# %% ../nbs/1_ground/14_plot.ipynb #7812cee9
 def row_map(
     A,  # (N, N) attention, array or tensor
     i,  # the query, 0 to N - 1

@@ -120,7 +120,7 @@ def add_noise(
 # %% ../nbs/3_vce/32_sd.ipynb #cee5f19b
 @patch
 @torch.no_grad()
-def look(
+def decoder_attention(
     self: StableDiffusion,
     noisy: Tensor,  # (B, channels, h, w) noisy latents
     timestep: int,  # the timestep of that noise
@@ -191,7 +191,7 @@ def attention(
     for part in images.split(chunk or len(images)):
         z = self.encode(part)
         looks = [
-            self.look(self.add_noise(z, timestep, e), timestep, grid, layers)
+            self.decoder_attention(self.add_noise(z, timestep, e), timestep, grid, layers)
             for e in draw_noise(z.shape[1:], seed, draws)
         ]
         maps.append(sum(looks) / draws)

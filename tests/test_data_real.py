@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diclip.datasets import download
-from diclip.datasets.augment import FILL, View, augment, draw_view, look, look_mask
+from diclip.datasets.augment import FILL, View, augment, draw_view, apply_view, apply_view_to_mask
 from diclip.datasets.coco import COCO, open_dataset, paint_instances
 from diclip.config import COCO_CLASSES, VOC_CLASSES, profile
 from diclip.data import VOC, MiniWorld, palette
 from diclip.datasets.download import ARCHIVES, Archive, check_archive, fetch, get_data, missing_files, unpack, verify_data
-from diclip.datasets.index import index_places, labels_of, remember, write_atomic
+from diclip.datasets.index import index_places, labels_of, cached_values, write_atomic
 from diclip.datasets.sbd import read_sbd, sbd_to_voc, train_aug_ids
 
 
@@ -161,8 +161,8 @@ def test_interrupted_index_keeps_what_it_has(tmp_path):
         done.append(k)
         return k.upper()
     stamps = dict.fromkeys("abcd", "1")
-    with pytest.raises(KeyboardInterrupt): remember(tmp_path, "x", stamps, make, progress=False)
-    assert "".join(remember(tmp_path, "x", stamps, lambda k: (done.append(k), k.upper())[1], progress=False).values()) == "ABCD" and done == list("abcd")
+    with pytest.raises(KeyboardInterrupt): cached_values(tmp_path, "x", stamps, make, progress=False)
+    assert "".join(cached_values(tmp_path, "x", stamps, lambda k: (done.append(k), k.upper())[1], progress=False).values()) == "ABCD" and done == list("abcd")
     with pytest.raises(ZeroDivisionError): write_atomic(tmp_path / "y", lambda p: (p.write_text("half"), 1 / 0))
     assert not (tmp_path / "y").exists() and not list(tmp_path.glob("*.tmp"))
 
@@ -339,7 +339,7 @@ def test_without_scales_pixels_stay_what_they_are(shape, seed, crop):
     image = np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
     view = draw_view(shape, np.random.default_rng(seed), crop, None, None)
     assert view.size == shape
-    x, real = look(image, view, crop)
+    x, real = apply_view(image, view, crop)
     whole = np.full((crop, crop, 3), -1.)
     for y in range(crop):
         for u in range(crop):
@@ -352,11 +352,11 @@ def test_flip_alone_and_refusals():
     image, mask = picture(1, 32, 32), picture(2, 32, 32)[..., 0]
     views = {draw_view((32, 32), np.random.default_rng(i), 32, None, None) for i in range(40)}
     assert views == {View((32, 32), 0, 0, False), View((32, 32), 0, 0, True)}
-    assert (look_mask(mask, View((32, 32), 0, 0, True), 32) == mask[:, ::-1]).all()
+    assert (apply_view_to_mask(mask, View((32, 32), 0, 0, True), 32) == mask[:, ::-1]).all()
     assert not any(draw_view((9, 9), np.random.default_rng(i), 5, flip=False).mirror for i in range(20))
     rng = np.random.default_rng(0)
     for message, call in (("one size", lambda: augment(image, rng, mask=mask[1:])), ("to_rgb", lambda: augment(mask, rng)), ("to_rgb", lambda: augment(image / 255, rng)),
-                          ("not colors", lambda: look_mask(image, View((32, 32), 0, 0, True), 32)), ("long_side", lambda: augment(image, rng, long_side=(9, 5))),
+                          ("not colors", lambda: apply_view_to_mask(image, View((32, 32), 0, 0, True), 32)), ("long_side", lambda: augment(image, rng, long_side=(9, 5))),
                           ("rescale", lambda: augment(image, rng, rescale=(0, 1))), ("crop", lambda: augment(image, rng, crop=0))):
         with pytest.raises(ValueError, match=message): call()
 

@@ -76,7 +76,7 @@ def diclip_repro(
 ):
     """Measure CLIP, + VCE, + cache and their controls, then train Table IV; print both beside the paper's
     numbers, write records and HTML reports"""
-    from diclip.config import profile as get_profile
+    from diclip.config import get_profile
     from diclip.datasets.coco import open_dataset
     from diclip.world import CLASSES
 

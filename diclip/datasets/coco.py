@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..config import COCO_CLASSES
 from ..data import VOC, VOC_HELP, MiniWorld, Sample, read_image
-from .index import file_stamp, remember
+from .index import file_stamp, cached_values
 
 # %% ../../nbs/appendix/c2_coco.ipynb #aca223f3
 def paint_instances(
@@ -140,7 +140,7 @@ def file(self: COCO):
 def _labels(self: COCO):
     "{id: labels} of the whole file, its categories compared with the classes."
     name = self.file.stem
-    found = remember(
+    found = cached_values(
         self.root, name, {name: file_stamp(self.file)}, lambda _: image_level_labels(self.api), progress=False
     )[name]
     for i, (a, b) in enumerate(zip(found["classes"], self.classes)):

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from diclip.engine.checkpoint import (
     load_checkpoint,
     optimizer_tensors,
-    part,
+    without_prefix,
     read_log,
     restore_optimizer,
     save_checkpoint,
@@ -50,10 +50,10 @@ def load_state(folder, model, average, optimizer) -> dict:
     tensors, state = load_checkpoint(folder)
     if not tensors:
         return {}
-    model.load_state_dict(part(tensors, "model"))
-    for k, v in part(tensors, "average").items():
+    model.load_state_dict(without_prefix(tensors, "model"))
+    for k, v in without_prefix(tensors, "average").items():
         average[k].copy_(v)
-    restore_optimizer(optimizer, part(tensors, "optimizer"))
+    restore_optimizer(optimizer, without_prefix(tensors, "optimizer"))
     return {k: state[k] for k in ("step", "seconds", "pictures")}
 
 # %% ../../nbs/mini/11_training.ipynb #07b7b69a
