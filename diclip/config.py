@@ -54,7 +54,7 @@ def settings(cls):
 def _sentence(error) -> str:
     "pydantic's first complaint in our words."
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    where = ".".join(map(str, error["loc"]))
+    where = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "missing":
         return f"setting {where} is missing"
     return f"setting {where}={error['input']!r}: {message}" if where else message
@@ -147,7 +147,9 @@ class CacheSettings:
     images_per_class: PositiveInt = 50  # (Table XIV)
     steps: PositiveInt = 50  # of the sampler (chosen)
     guidance: NonNegativeFloat = 7.5  # classifier-free guidance (chosen)
-    size: PositiveInt = 512  # generated pixels (chosen; SD 2.1 is native at 768)
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] = (
+        512  # generated pixels (chosen; SD 2.1 is native at 768)
+    )
     mask_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5  # m = M > this (8) (family)
     centroids: PositiveInt = 10  # foreground keys a class (9) (Table VI e)
     background_centroids: NonNegativeInt = 1  # background keys a class (Table VI f: 220 = 20 * 10 + 20)
