@@ -55,7 +55,7 @@ def _sentence(error) -> str:
     "pydantic's first complaint in our words."
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     where = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "missing":
+    if error["type"] == "missing" and len(error["loc"]) == 1:
         return f"setting {where} is missing"
     return f"setting {where}={error['input']!r}: {message}" if where else message
 
