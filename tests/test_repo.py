@@ -93,6 +93,16 @@ def test_every_page_is_linked_and_knows_its_neighbors():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:|#", target): continue
+        assert (path.parent / target.split("#")[0]).exists(), f"{target} leads nowhere"
+
+
 def test_the_route_of_the_index_is_the_route_of_this_test():
     index = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"])
     route = index.split("### Student")[1].split("###")[0]
