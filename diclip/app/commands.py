@@ -60,7 +60,7 @@ def diclip_cam(
     images: Param("image files or folders", str, nargs="+"),
     classes: str = "",  # names of the classes that are in the images, comma-separated
     model: str = "mini",  # a profile, or a folder that diclip_train wrote
-    out: str = "runs/cams",  # folder for <image>_<class>.png (map, 255 = 1), <image>.png (class ids, VOC's palette) and <image>_overlay.png
+    out: str = "runs/cams",  # folder for <image>_<class>.png (map), <image>.png (ids), <image>_overlay.png
     cache: str = "",  # cache file of diclip_cache; empty: the model's own, if it has one
     gamma: float = 0.0,  # power of the background score, above 1 the background shrinks; 0: the profile's
     device: str = "cpu",  # "cpu" or "cuda"
@@ -164,7 +164,7 @@ def diclip_train(
 def diclip_segment(
     images: Param("image files or folders", str, nargs="+"),
     model: str = "runs/train/model",  # folder that diclip_train wrote
-    out: str = "runs/segmentations",  # folder for <image>.png (class ids, VOC's palette) and <image>_overlay.png
+    out: str = "runs/segmentations",  # folder for <image>.png (ids, VOC's palette), <image>_overlay.png
     archive: str = "",  # also write VOC's submission archive, e.g. results.tar.gz
     one_scale: bool = False,  # no other scales, no mirroring
     crf: bool = False,  # DenseCRF on the result

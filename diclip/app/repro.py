@@ -68,11 +68,11 @@ def diclip_repro(
     seeds: int = 1,  # repetitions of everything random
     per_class: int = 50,  # generated images a class in the cache
     remake_pool: bool = False,  # generate the images anew instead of using those that ship
-    cache_images: str = "generated",  # "generated", or "rendered": the mini world's own portraits, as a control
+    cache_images: str = "generated",  # "generated", or as a control "rendered" (mini only)
     no_train: bool = False,  # stop after the training-free half
     train_split: str = "train",  # list that segmentation heads are trained on ("train_aug" on VOC with SBD)
     n_heads: int = 600,  # of its images, the first ones; 0: all
-    controls: bool = False,  # also train the controls of the second table: a random adapter, rolled labels, full supervision
+    controls: bool = False,  # also train random adapter, rolled labels, full supervision
 ):
     """Measure CLIP, + VCE, + cache and their controls, then train Table IV; print both beside the paper's
     numbers, write records and HTML reports"""

@@ -28,7 +28,7 @@ def draw_view(
     shape: tuple,  # (H, W) of the image
     rng: np.random.Generator,  # the only source of chance
     crop: int = 320,  # height and width of the crop, pixels (log)
-    long_side=TrainingSettings.long_side,  # range of the long side, pixels; None leaves the image as it is (family)
+    long_side=TrainingSettings.long_side,  # range of the long side, pixels; None: as it is (family)
     rescale=TrainingSettings.rescale,  # range of a factor after that; None for 1 (family)
     flip: bool = True,  # mirror half of the images (family)
 ) -> View:
@@ -107,7 +107,7 @@ def augment(
     fill=FILL,  # RGB in [0, 1] of the padding
 ) -> (
     tuple
-):  # (3, crop, crop) float in [0, 1]; (crop, crop) bool, True where there is image; (crop, crop) uint8 or None
+):  # (3, crop, crop) float in [0, 1]; (crop, crop) bool, True on the image; (crop, crop) uint8 or None
     """A random view of a training image.
     Raises ValueError for a mask of another size, and as `draw_view` and `apply_view` do."""
     if mask is not None and mask.shape != image.shape[:2]:

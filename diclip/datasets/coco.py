@@ -192,7 +192,7 @@ def open_dataset(
     split: str,  # "train", "train_aug", "val" or "test"
     root=None,  # data folder in VOC's or COCO's format; None for the mini world
     n: int | None = None,  # only the first n
-    masks: bool = True,  # False: samples without masks (COCO keeps its labels, VOC's labels are its masks and go with them)
+    masks: bool = True,  # False: no masks (COCO keeps its labels; VOC's come from its masks)
 ) -> Sequence:
     """The samples of a split, whatever the folder's format.
     Raises ValueError as the data set's own class does."""

@@ -87,7 +87,7 @@ def train_vae(
     rate: float = 1.5e-3,
     device: str = "cpu",
     seed: int = 0,
-    start=None,  # a folder of weights to start from where there is no checkpoint, such as diclip/weights/mini_sd/vae
+    start=None,  # weights to start from without a checkpoint, such as diclip/weights/mini_sd/vae
 ):
     "Train or continue the mini autoencoder; returns it with averaged weights and its `scaling_factor` set."
     torch.manual_seed(seed)
