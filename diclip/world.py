@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZE', 'OVERSAMPLE', 'BACKGROUNDS', 'Y', 'X', 'P_PATTERN', 'P_CAMOUFLAGE', 'HOME', 'COMPANIONS', 'SPLITS',
            'SPLIT_SIZE', 'P_HOME', 'P_COMPANION', 'MIN_PIXELS', 'noise', 'hsv', 'random_color', 'textured', 'pattern',
-           'surface', 'background', 'paint', 'Scene', 'caption', 'render']
+           'surface', 'background', 'paint', 'Scene', 'caption', 'sentence', 'render']
 
 # %% ../nbs/1_ground/12_world.ipynb #67c7ac13
 from dataclasses import dataclass
@@ -251,6 +251,7 @@ class Scene:
     labels: tuple  # sorted indices into `CLASSES` of what is visible
     caption: str  # names the labels and, in 70 % of the scenes, the background
     background: str  # one of `BACKGROUNDS`
+    kinds: tuple = ()  # (class index, kind of its silhouette), one an object, where the renderer tells
 
 # %% ../nbs/1_ground/12_world.ipynb #03e05253
 def _cast(rng, classes):
@@ -271,7 +272,11 @@ def _cast(rng, classes):
 
 def caption(rng, labels, background):
     "'a photo of a boat and a bird on water'"
-    names = [CLASSES[c] for c in labels]
+    return sentence(rng, [CLASSES[c] for c in labels], background)
+
+
+def sentence(rng, names, background):
+    "The caption that names `names`, in any order."
     rng.shuffle(names)
     start = ("a photo of", "a picture of", "an image of")[rng.integers(3)]
     things = " and ".join(f"a {n}" for n in names) or "nothing"

@@ -9,7 +9,7 @@ __all__ = ['SIZE', 'OVERSAMPLE', 'Y', 'X', 'P_CAMOUFLAGE', 'SCALES', 'P_CONTACT'
 # %% ../../../nbs/mini/finer/01_world.ipynb #070caa0b
 import numpy as np
 from PIL import Image, ImageDraw
-from ...shapes import CLASSES, silhouette, box, oval
+from ...shapes import CLASSES, KINDS, silhouette, box, oval
 from ...world import BACKGROUNDS, COMPANIONS, HOME, SPLITS, Scene, _pose, caption, hsv, random_color
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #a31e7281
@@ -247,7 +247,11 @@ def render(
         if cast and rng.random() < P_HOME * (0.5 if portrait else 1)
         else BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     )
-    parts = [silhouette(c, rng) for c in cast]
+    kinds = []
+    parts = []
+    for name in cast:
+        kinds.append((CLASSES.index(name), int(rng.integers(KINDS[name]))))
+        parts.append(silhouette(name, rng, kinds[-1][1]))
     image, mask = background(rng, place), np.zeros((SIZE, SIZE), np.uint8)
     if not portrait:
         _clutter(rng, image)
@@ -258,4 +262,5 @@ def render(
     image = np.clip(image * rng.uniform(0.88, 1.08) + 0.008 * rng.standard_normal(image.shape), 0, 1)
     labels = tuple(c for c in range(len(CLASSES)) if (mask == c + 1).sum() >= MIN_PIXELS)
     mask[~np.isin(mask, [c + 1 for c in labels])] = 0
-    return Scene((image * 255).round().astype(np.uint8), mask, labels, caption(rng, labels, place), place)
+    image = (image * 255).round().astype(np.uint8)
+    return Scene(image, mask, labels, caption(rng, labels, place), place, tuple(kinds))
