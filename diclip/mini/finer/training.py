@@ -150,7 +150,7 @@ KIND_NAMES = dict(
 NAMES = [n for names in KIND_NAMES.values() for n in names]
 P_CLASS_WORD = 0.25  # how often a caption says "boat" and not "yacht"
 
-
+# %% ../../../nbs/mini/finer/02_training.ipynb #c1a55e5d
 class Views:
     """Draws whole scenes and crops with what is visible in them, and computes the loss; the callable that
     `fit` wants."""
@@ -165,7 +165,9 @@ class Views:
         model.word_scale, model.word_bias = (torch.nn.Parameter(torch.tensor(v)) for v in (2.3, -2.0))
         self.rng = np.random.default_rng(seed)
         self.index = 10**7 + seed * 10**6
-        self.words = tokenizer([f"a photo of a {n}" for n in NAMES] + [f"a photo of {b}" for b in BACKGROUNDS])
+        self.words = tokenizer(
+            [f"a photo of a {n}" for n in NAMES] + [f"a photo of {b}" for b in BACKGROUNDS]
+        )
 
     def scene(self):
         "Every class with probability 0.2, independently, at most three; or a portrait."

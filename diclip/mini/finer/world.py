@@ -225,6 +225,15 @@ def _cast(rng, classes):
         for _ in range(more)
     ]
 
+
+def _individuals(rng, cast):
+    "((class index, kind), ...) and the silhouettes."
+    kinds, parts = [], []
+    for name in cast:
+        kinds.append((CLASSES.index(name), int(rng.integers(KINDS[name]))))
+        parts.append(silhouette(name, rng, kinds[-1][1]))
+    return tuple(kinds), parts
+
 # %% ../../../nbs/mini/finer/01_world.ipynb #4f622e1d
 def render(
     index: int,  # which scene of the split, 0 or more
@@ -247,11 +256,7 @@ def render(
         if cast and rng.random() < P_HOME * (0.5 if portrait else 1)
         else BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     )
-    kinds = []
-    parts = []
-    for name in cast:
-        kinds.append((CLASSES.index(name), int(rng.integers(KINDS[name]))))
-        parts.append(silhouette(name, rng, kinds[-1][1]))
+    kinds, parts = _individuals(rng, cast)
     image, mask = background(rng, place), np.zeros((SIZE, SIZE), np.uint8)
     if not portrait:
         _clutter(rng, image)
@@ -263,4 +268,4 @@ def render(
     labels = tuple(c for c in range(len(CLASSES)) if (mask == c + 1).sum() >= MIN_PIXELS)
     mask[~np.isin(mask, [c + 1 for c in labels])] = 0
     image = (image * 255).round().astype(np.uint8)
-    return Scene(image, mask, labels, caption(rng, labels, place), place, tuple(kinds))
+    return Scene(image, mask, labels, caption(rng, labels, place), place, kinds)
