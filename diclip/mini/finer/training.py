@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 from fastcore.script import call_parse
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -180,9 +181,6 @@ class Views:
         return render(self.index, "pretrain", cast)
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #a91c0f3e
-from fastcore.basics import patch
-
-
 @patch
 def view(self: Views, scene, crop):
     """Image, place in the grid, caption and answers (26,) to "is it visible?": NaN where a few pixels are,
