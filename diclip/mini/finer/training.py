@@ -205,9 +205,7 @@ def view(self: Views, scene, crop):
         if pixels[c] >= MIN_PIXELS:
             names.append(CLASSES[c] if rng.random() < P_CLASS_WORD else name)
     words = sentence(rng, names, scene.background)
-    around = (
-        np.full(len(BACKGROUNDS), np.nan) if crop else np.array([b == scene.background for b in BACKGROUNDS])
-    )
+    around = np.array([np.nan if crop else b == scene.background for b in BACKGROUNDS])
     return (
         np.ascontiguousarray(x),
         place,

@@ -230,8 +230,9 @@ def _individuals(rng, cast):
     "((class index, kind), ...) and the silhouettes."
     kinds, parts = [], []
     for name in cast:
-        kinds.append((CLASSES.index(name), int(rng.integers(KINDS[name]))))
-        parts.append(silhouette(name, rng, kinds[-1][1]))
+        kind = int(rng.integers(KINDS.get(name, 1)))
+        parts.append(silhouette(name, rng, kind))
+        kinds.append((CLASSES.index(name), kind))
     return tuple(kinds), parts
 
 # %% ../../../nbs/mini/finer/01_world.ipynb #4f622e1d
