@@ -219,7 +219,7 @@ def _pixels(views):
     x = torch.from_numpy(np.stack([v[0] for v in views]))
     return (x.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
-
+# %% ../../../nbs/mini/finer/02_training.ipynb #c1a55e5e
 @patch
 def __call__(self: Views, step):
     scenes, m = [self.scene() for _ in range(self.full)], self.model
