@@ -311,8 +311,8 @@ def shared(path, shape, dtype):
 
 
 class FinerLatents:
-    """Batches of latents (n, 16, 20, 20) and token ids; one caption in ten is empty. A picture is encoded once,
-    by the process that draws it first, and kept in `folder`."""
+    """Batches of latents (n, 16, 20, 20) and token ids; one caption in ten is empty. A picture is encoded
+    once, by the process that draws it first, and kept in `folder`."""
 
     def __init__(self, vae, pool, model, folder, seed=0, scenes=0.7):  # scenes: their share among portraits
         self.vae = vae
