@@ -64,8 +64,8 @@ def word_loss(image, words, answers, scale, bias):
     return (loss * known).sum() / known.sum()
 
 
-def word_prompts():
-    return [f"a photo of a {c}" for c in CLASSES] + [f"a photo of {b}" for b in BACKGROUNDS]
+def word_prompts(names=CLASSES):
+    return [f"a photo of a {c}" for c in names] + [f"a photo of {b}" for b in BACKGROUNDS]
 
 # %% ../../nbs/mini/20_clip.ipynb #96e11504
 class ClipLoss:

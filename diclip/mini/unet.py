@@ -206,6 +206,8 @@ def ship_sd(model, vae, folder):
         k: deepcopy(m).half().cpu()
         for k, m in (("vae", vae), ("text_encoder", model.text), ("unet", model.unet))
     }
+    for k in ("vae", "unet"):
+        parts[k].register_to_config(_name_or_path="")  # a path of the machine it was made on
     pipe = StableDiffusionPipeline(
         **parts,
         tokenizer=model.tokenizer,

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...clip import load_tokenizer, mini_clip, resize_positions
 from ...config import PROMPT
+from ...datasets.index import file_stamp
 from ...engine.files import write_atomic
-from ..clip import average_precision, caption_loss, clip_config, word_loss
+from ..clip import average_precision, caption_loss, clip_config, word_loss, word_prompts
 from .world import BACKGROUNDS, CLASSES, MIN_PIXELS, SIZE, render
 from ..training import fit, rank, read_log, started
 from ..unet import Denoiser, DiffusionLoss, first_alone, ship_sd
@@ -157,18 +158,16 @@ class Views:
     `fit` wants."""
 
     def __init__(self, model, tokenizer, seed, full=20, crops=40, size=96, half=False):
-        self.half = half  # products in bfloat16
         self.model = model
         self.tokenizer = tokenizer
         self.full = full
         self.crops = crops
         self.size = size
+        self.half = half  # products in bfloat16
         model.word_scale, model.word_bias = (torch.nn.Parameter(torch.tensor(v)) for v in (2.3, -2.0))
         self.rng = np.random.default_rng(seed)
         self.index = 10**7 + seed * 10**6
-        self.words = tokenizer(
-            [f"a photo of a {n}" for n in NAMES] + [f"a photo of {b}" for b in BACKGROUNDS]
-        )
+        self.words = tokenizer(word_prompts(NAMES))
 
     def scene(self):
         "Every class with probability 0.2, independently, at most three; or a portrait."
@@ -312,20 +311,26 @@ def shared(path, shape, dtype):
 
 class FinerLatents:
     """Batches of latents (n, 16, 20, 20) and token ids; one caption in ten is empty. A picture is encoded
-    once, by the process that draws it first, and kept in `folder`."""
+    once, by the process that draws it first, and kept in `folder` under the pool's size and time."""
 
-    def __init__(self, vae, pool, model, folder, seed=0, scenes=0.7):  # scenes: their share among portraits
+    def __init__(
+        self, vae, pool, model, folder, seed=0, scenes=0.7
+    ):  # scenes: their share, the rest are portraits
         self.vae = vae
         self.share = scenes
         self.rng = np.random.default_rng(seed)
         self.images = {k: np.load(Path(pool) / f"{k}.npy", mmap_mode="r") for k in ("scenes", "portraits")}
         self.ids = {k: model.tokens(json.loads((Path(pool) / f"{k}.json").read_text())) for k in self.images}
         self.null = model.tokens([""])[0]
+        kept = {k: file_stamp(Path(pool) / f"{k}.npy", k).replace(":", "_") for k in self.images}
+        (folder / "latents").mkdir(exist_ok=True)
         self.z = {
-            k: shared(folder / f"{k}_latents.npy", (2 * len(x), 16, SIZE // 8, SIZE // 8), np.float16)
+            k: shared(folder / f"latents/{kept[k]}.npy", (2 * len(x), 16, SIZE // 8, SIZE // 8), np.float16)
             for k, x in self.images.items()
         }
-        self.known = {k: shared(folder / f"{k}_known.npy", (len(z),), bool) for k, z in self.z.items()}
+        self.known = {
+            k: shared(folder / f"latents/{kept[k]}_known.npy", (len(z),), bool) for k, z in self.z.items()
+        }
 
     def _encode(self, kind, index):
         x = np.stack([self.images[kind][i // 2][:, :: -1 if i % 2 else 1] for i in index.tolist()])
@@ -391,12 +396,12 @@ def train_unet(
 
     loss = DiffusionLoss(model, latents, batch, middle=350)  # attention is read at step 200
 
-    def half_loss(step):
-        with torch.autocast("cpu", torch.bfloat16):
+    def batch_loss(step):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             return loss(step)
 
     how = dict(decay=0.9995, fall=0.25, save_minutes=10, evaluate=evaluate)
-    return fit(model, half_loss if half else loss, folder, rate, batch, minutes, steps, **how)
+    return fit(model, batch_loss, folder, rate, batch, minutes, steps, **how)
 
 # %% ../../../nbs/mini/finer/02_training.ipynb #2cdb66c6
 @call_parse
