@@ -308,7 +308,7 @@ def shared(path, shape, dtype):
     how = dict(mode="r+") if kept else dict(mode="w+", shape=shape, dtype=dtype)
     return torch.from_numpy(np.lib.format.open_memmap(path, **how))
 
-
+# %% ../../../nbs/mini/finer/02_training.ipynb #c1a55e5f
 class FinerLatents:
     """Batches of latents (n, 16, 20, 20) and token ids; one caption in ten is empty. A picture is encoded
     once, by the process that draws it first, and kept in `folder` under the pool's size and time."""
