@@ -46,7 +46,7 @@ sd acr vce
 keys cache retrieval
 losses head supervision train infer crf
 model app.output app.experiment app.repro app.commands
-mini.pool mini.training mini.vocabulary mini.clip mini.vae mini.unet mini.card mini.finer.world mini.finer.training""".split()
+mini.pool mini.training mini.vocabulary mini.clip mini.vae mini.unet mini.card""".split()
 
 
 def test_no_arrow_back():
