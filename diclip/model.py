@@ -27,7 +27,8 @@ from .vce import diffusion_attention, fuse_attention, refine, vce_features
 from .retrieval import Adapter
 from .sd import load_sd
 from .supervision import Frozen, augmented, class_maps, precompute, store_targets, supervising_cam
-from .train import Learner, Student, check_folder, new_head, new_student, train
+from .engine.checkpoint import check_folder
+from .train import Learner, Student, new_head, new_student, train
 
 # %% ../nbs/6_use/61_model.ipynb #73e46d1f
 class DiCLIP:

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .imagepool import generate_pool
-from .engine.sd_weights import find_weights, quiet, read_pipeline
+from .engine.sd_weights import find_weights, quiet, read_pipeline, read_unet
 from diclip.engine.unet_attention import (
     attention_map,
     capture_self_attention,
@@ -59,7 +59,7 @@ class StableDiffusion:
 
 # %% ../nbs/3_vce/32_sd.ipynb #25b651b6
 def load_sd(
-    profile,  # a `Profile`: its sd, sd_alternatives and size are read
+    profile,  # a `Profile`: its sd, sd_alternatives, sd_unet and size are read
     device="cpu",  # where the model runs
     dtype=torch.float32,  # its precision, whatever the files hold
 ) -> StableDiffusion:
@@ -67,6 +67,8 @@ def load_sd(
     Raises WeightsError for missing, damaged or unfitting weights."""
     found = find_weights(profile.sd, profile.sd_alternatives, half=dtype in (torch.float16, torch.bfloat16))
     pipe = read_pipeline(found)
+    if profile.sd_unet:
+        pipe.unet = read_unet(profile.sd_unet, pipe.unet)
     with quiet():
         pipe.to(device=device, dtype=dtype)
     return StableDiffusion(pipe, found.name, profile.size)
@@ -196,7 +198,7 @@ def attention(
         ]
         maps.append(sum(looks) / draws)
     A = torch.cat(maps).to(images.device)
-    if not A.isfinite().all():
+    if not A.sum(dtype=torch.float32).isfinite():
         raise ValueError(f"The attention overflowed in {self.dtype}: load the model in bfloat16 or float32.")
     return A
 

@@ -99,3 +99,21 @@ def test_the_hand_made_row_is_the_best_of_its_family_on_train():
     assert components["parameters"]["hand"] == best
     rows = {n: max(r["seeds"]) for n, r in controls["results"].items() if n.startswith("by hand")}
     assert max(rows.values()) == controls["best"]["best hand-made"]["miou"]
+
+
+DECIDES = dict(choices={"readout", "layers", "alpha", "timestep", "sd_layers", "propagation", "rounds", "groups"},
+               adapter={"beta", "dynamic_votes", "dynamic_beta", "gamma", "dynamic_gamma", "foreground_weight"})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs/results").glob("*.json")), ids=lambda p: p.stem)
+def test_a_committed_record_holds_the_profile_that_ships(path):
+    "A field that a record lacks counts as its default; an experiment that chooses a setting was run before it was chosen."
+    from dataclasses import asdict, fields
+    from diclip.config import Profile, get_profile
+    record = json.loads(path.read_text())
+    if "settings" not in record: return
+    default = {f.name: f.default for f in fields(Profile)}
+    now = json.loads(json.dumps(asdict(get_profile(record["parameters"]["profile"]))))
+    changed = {k for k, v in now.items() if record["settings"].get(k, default[k]) != v}
+    assert changed <= DECIDES.get(record["experiment"], set()), f"measured with another {', '.join(sorted(changed))}: run it again"
+    assert not set(record["settings"]) - set(now), "the record has settings that the profile no longer has"

@@ -130,7 +130,7 @@ def diclip_train(
     from diclip.datasets.coco import open_dataset
     from diclip.config import get_profile
     from diclip.model import DiCLIP
-    from diclip.train import check_folder
+    from diclip.engine.checkpoint import check_folder
 
     changes, a = dict(iterations=iterations, head=head), _accelerator(device, precision)
     with exit_on_user_error():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_json', 'read_log', 'save_checkpoint', 'load_checkpoint', 'optimizer_tensors', 'restore_optimizer',
-           'without_prefix']
+           'without_prefix', 'save_training', 'load_training', 'check_folder']
 
 # %% ../../nbs/appendix/a2_checkpoint.ipynb #e677ef8c
 import json
@@ -81,3 +81,43 @@ def restore_optimizer(optimizer, tensors: dict):
 def without_prefix(tensors: dict, name: str) -> dict:
     "The tensors whose names begin with `name.`, without it."
     return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
+
+# %% ../../nbs/appendix/a2_checkpoint.ipynb #a2c0aa02
+def save_training(
+    folder,  # where the current checkpoint lives
+    module,  # what is trained
+    optimizer,  # its optimizer
+    iteration: int,  # iterations done
+    settings: dict,  # what must not change between a training and its continuation, as JSON knows it
+):
+    "Make this the folder's checkpoint."
+    tensors = {f"student.{k}": v for k, v in module.state_dict().items()}
+    tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(optimizer).items()}
+    save_checkpoint(folder, tensors, dict(iteration=iteration, settings=settings))
+
+
+def load_training(folder, module, optimizer, settings: dict) -> int:
+    """Continue from a folder's checkpoint: the iteration to go on with, 0 where there is none.
+    Raises ValueError for the checkpoint of another training."""
+    tensors, state = load_checkpoint(folder)
+    if not state:
+        return 0
+    changed = [k for k, v in settings.items() if state["settings"].get(k) != v]
+    if changed:
+        raise ValueError(
+            f"the checkpoint was trained with another {', '.join(changed)}: use the same settings, or a new"
+            " folder"
+        )
+    module.load_state_dict(without_prefix(tensors, "student"))
+    restore_optimizer(optimizer, without_prefix(tensors, "optimizer"))
+    return state["iteration"]
+
+
+def check_folder(folder, resume):
+    "Raises ValueError where a checkpoint would be overwritten."
+    done = load_checkpoint(folder)[1].get("iteration", 0)
+    if done and not resume:
+        raise ValueError(
+            f"the folder {Path(folder).name} has a checkpoint of iteration {done}: pass --resume"
+            " (resume=True) to go on, or a new folder"
+        )

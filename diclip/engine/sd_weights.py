@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SIZES', 'missing_files', 'check_folder', 'quiet', 'Found', 'local_folder', 'hub_folder', 'find_weights',
-           'count_tensors', 'read_pipeline']
+           'count_tensors', 'read_pipeline', 'read_unet']
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #4ae5c742
 from contextlib import contextmanager
@@ -164,6 +164,16 @@ def count_tensors(folder: Path, variant=None) -> int:
     return count
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #633631ce
+def _check_complete(net, part, found):
+    "Raises WeightsError for a network with tensors that no file gave."
+    have = count_tensors(found.folder / part, found.variant)
+    if have < len(net.state_dict()) or any(p.is_meta for p in net.parameters()):
+        raise WeightsError(
+            f"The {part or 'UNet'} of {found.name} needs {len(net.state_dict())} tensors, its files hold"
+            f" {have} or name them differently: fetch or save it again."
+        )
+
+
 def read_pipeline(found: Found):
     """diffusers' `StableDiffusionPipeline` in float32 on the CPU.
     Raises WeightsError if weights and configurations do not fit."""
@@ -185,10 +195,29 @@ def read_pipeline(found: Found):
                 " again."
             ) from e
     for part in PARTS:
-        net, have = getattr(pipe, part), count_tensors(found.folder / part, found.variant)
-        if have < len(net.state_dict()) or any(p.is_meta for p in net.parameters()):
-            raise WeightsError(
-                f"The {part} of {found.name} needs {len(net.state_dict())} tensors, its files hold {have} or"
-                " name them differently: fetch or save it again."
-            )
+        _check_complete(getattr(pipe, part), part, found)
     return pipe
+
+# %% ../../nbs/appendix/a4_sd_weights.ipynb #a4un17ab
+def read_unet(name: str, like):
+    """The UNet of a folder, inside the package or not, in float32; `like` is the one that it replaces.
+    Raises WeightsError if it is missing, damaged or made for other latents or texts."""
+    folder = local_folder(name)
+    if folder is None or not (folder / "config.json").exists():
+        raise WeightsError(f"There is no UNet in {name}: name a folder with config.json and safetensors.")
+    with quiet():
+        try:
+            unet = type(like).from_pretrained(folder, use_safetensors=True, torch_dtype=like.dtype)
+        except Exception as e:
+            raise WeightsError(
+                f"The UNet in {folder.name} cannot be read ({str(e).splitlines()[0][:150]}): fetch or save it"
+                " again."
+            ) from e
+    _check_complete(unet, "", Found(folder.name, folder, None))
+    for key in ("in_channels", "out_channels", "cross_attention_dim"):
+        if unet.config[key] != like.config[key]:
+            raise WeightsError(
+                f"The UNet in {folder.name} has {key} {unet.config[key]}, the pipeline {like.config[key]}:"
+                " name one that was trained with the same autoencoder and text encoder."
+            )
+    return unet

@@ -36,13 +36,14 @@ def off_context(
 
 # %% ../../nbs/mini/50_card.ipynb #efbc87f8
 def judge_net():
-    "A small convolutional classifier of 96 x 96 images into the eight classes."
+    "A small convolutional classifier of 160 x 160 images into the eight classes."
     layer = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
     return nn.Sequential(
         *layer(3, 24),
         *layer(24, 48),
         *layer(48, 96),
         *layer(96, 128),
+        *layer(128, 128),
         nn.AdaptiveAvgPool2d(3),
         nn.Flatten(),
         nn.Linear(128 * 9, len(CLASSES))
