@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .config import VceSettings
+from .engine.check import check_attention
 
 # %% ../nbs/3_vce/33_acr.ipynb #47543fcd
 def row_normalize(
@@ -113,24 +114,12 @@ def start_centers(
 # %% ../nbs/3_vce/33_acr.ipynb #14cec194
 def _checked(A, k, metric):
     "float32 (or float64) attention; raises ValueError for what cannot be clustered."
-    if A.ndim != 3 or A.shape[1] != A.shape[2]:
-        raise ValueError(
-            f"attention must be (B, N, N), got {tuple(A.shape)}: average the heads and drop the class token"
-            " first."
-        )
+    check_attention(A)
     if not 1 <= k <= A.shape[1]:
         raise ValueError(f"k={k} groups cannot be made of {A.shape[1]} patches: choose 1 <= k <= N.")
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}.")
-    A = A if A.dtype == torch.float64 else A.float()
-    if not A.sum(dtype=torch.float32).isfinite():
-        raise ValueError(
-            "attention holds NaN or infinity: check the image and the model's precision (float16 overflows in"
-            " some UNets)."
-        )
-    if (A < 0).any():
-        raise ValueError("attention holds negative values: pass it after the softmax.")
-    return A
+    return A if A.dtype == torch.float64 else A.float()
 
 # %% ../nbs/3_vce/33_acr.ipynb #ae8cf6db
 @torch.no_grad()

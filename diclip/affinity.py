@@ -9,6 +9,7 @@ __all__ = ['sinkhorn', 'confident_boxes', 'affinity_refine']
 import torch
 from torch import Tensor
 from .cam import minmax
+from .engine.check import check_attention
 
 # %% ../nbs/appendix/d1_affinity.ipynb #f7b77be7
 def sinkhorn(
@@ -16,13 +17,7 @@ def sinkhorn(
     rounds: int = 3,  # of dividing columns and rows (CLIP-ES: 3)
 ) -> Tensor:  # (B, N, N), symmetric, rows and columns sum to about 1
     "Doubly stochastic attention, made symmetric. Raises ValueError for wrong shapes and values."
-    if A.ndim != 3 or A.shape[1] != A.shape[2]:
-        raise ValueError(
-            f"attention must be (B, N, N), not {tuple(A.shape)}: average the heads and drop the class token"
-            " first"
-        )
-    if not A.isfinite().all() or (A < 0).any():
-        raise ValueError("attention must be finite and not negative: pass it after the softmax")
+    check_attention(A)
     A = A.clamp_min(torch.finfo(A.dtype).tiny)
     for _ in range(rounds):
         A = A / A.sum(1, keepdim=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
+from .engine.check import check_finite
 from .engine.files import write_atomic
 from .keys import patch_masks, masked_average_pool, pool_images, cluster_keys, cache_values
 from .vce import vce_features
@@ -41,8 +42,8 @@ class Cache:
                 f"{fit[0]} keys and {fit[1] - 1} classes need values {fit}, not {tuple(self.values.shape)}:"
                 " the last column is the background"
             )
-        if not (self.keys.isfinite().all() and self.values.isfinite().all()):
-            raise ValueError("keys and values must be finite: build the cache again from finite features")
+        for name, x in (("keys", self.keys), ("values", self.values)):
+            check_finite(x, f"the cache's {name} hold", "build the cache again from finite features")
         if len(self) and (self.keys.norm(dim=-1) - 1).abs().max() > 1e-3:
             raise ValueError("keys must have length 1: pass torch.nn.functional.normalize(keys, dim=-1)")
 

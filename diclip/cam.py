@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .engine.check import check_finite
+
 # %% ../nbs/2_clip/22_cam.ipynb #d1263f56
 NORMS = {
     "minmax": lambda maps: maps.amin(-1, keepdim=True),  # name -> what becomes 0, (..., N) -> (..., 1)
@@ -25,11 +27,7 @@ def minmax(
     Raises ValueError for NaN and unknown norms."""
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}.")
-    if not maps.isfinite().all():
-        raise ValueError(
-            "maps hold NaN or infinite values: check the features before Norm, which would spread them over"
-            " the whole map."
-        )
+    check_finite(maps, "maps hold", "check the features before Norm, which would spread it over the map.")
     low, high = NORMS[norm](maps), maps.amax(-1, keepdim=True)
     flat = high - low <= 4 * torch.finfo(maps.dtype).eps * maps.abs().amax(-1, keepdim=True)
     return torch.where(flat, 0.0, (maps - low) / torch.where(flat, 1.0, high - low)).clamp_min(0)
@@ -49,8 +47,7 @@ def patch_text_cam(
             f"features {tuple(features.shape)} and text {tuple(text.shape)} do not fit: give (B, N, d) and"
             " (C, d)."
         )
-    if not text.isfinite().all():
-        raise ValueError("text holds NaN or infinite values: check the text embeddings.")
+    check_finite(text, "text holds", "check the text embeddings.")
     if labels is not None and labels.shape != (len(features), len(text)):
         raise ValueError(
             f"labels {tuple(labels.shape)} must be ({len(features)}, {len(text)}), one flag per image and"

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['READOUTS', 'resize_positions', 'embed_image', 'self_attention', 'mix_values', 'check_vit', 'DenseCLIP', 'DenseOutput',
-           'check_images', 'check_switches', 'edited', 'load_clip', 'ConvStem', 'WeightsError', 'load_tokenizer',
-           'mini_clip']
+           'check_switches', 'edited', 'load_clip', 'ConvStem', 'WeightsError', 'load_tokenizer', 'mini_clip']
 
 # %% ../nbs/2_clip/21_clip.ipynb #fafc0497
 import hashlib
@@ -16,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .engine.check import check_finite, check_images
 from diclip.engine.clip_weights import (
     OPENAI_MEAN,
     OPENAI_STD,
@@ -151,36 +151,6 @@ class DenseOutput:
         default_factory=list
     )  # per layer (B, N+1, width): after the block, on the path that runs on
 
-# %% ../nbs/2_clip/21_clip.ipynb #23a13164
-def check_images(images, patch):  # what the user gave; the patch size
-    """Raises ValueError unless images are (B, 3, H, W) float in [0, 1] with sides that are multiples of
-    `patch`."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
-        raise ValueError(
-            f"images must be an RGB tensor (B, 3, H, W), not {got}: add a batch dimension, or permute"
-            " channels to the front."
-        )
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}: pass images.float() / 255.")
-    if not images.isfinite().all():
-        raise ValueError(
-            "images hold NaN or infinite values: look for a division by zero or a damaged file before CLIP."
-        )
-    low, high = images.min().item(), images.max().item()
-    if low < -0.1 or high > 1.1:
-        raise ValueError(
-            f"images run from {low:.3g} to {high:.3g}: pass values in [0, 1], DenseCLIP normalizes them"
-            " itself."
-        )
-    H, W = images.shape[-2:]
-    if H % patch or W % patch:
-        h, w = [max(1, round(s / patch)) * patch for s in (H, W)]
-        raise ValueError(
-            f"{H}x{W} is not a multiple of the patch size {patch}: resize, e.g. to {h}x{w}, with"
-            f" F.interpolate(images, ({h}, {w}), mode='bilinear')."
-        )
-
 # %% ../nbs/2_clip/21_clip.ipynb #5498d404
 def check_switches(clip, edit, layers, readout, keep):  # as in `DenseCLIP.dense`
     "Raises ValueError for a combination of switches that would silently do nothing."
@@ -206,8 +176,7 @@ def edited(edit, A):  # the user's function; (B, heads, N+1, N+1) attention
             f"edit returned {tuple(E.shape)} for an attention of {tuple(A.shape)}: keep the class token's row"
             " and column."
         )
-    if not E.sum(dtype=torch.float32).isfinite():
-        raise ValueError("edit returned NaN or infinite attention: check for rows that are divided by zero.")
+    check_finite(E, "edit's attention holds", "check for rows that are divided by zero.")
     return E
 
 # %% ../nbs/2_clip/21_clip.ipynb #1837b832

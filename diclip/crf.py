@@ -8,6 +8,8 @@ __all__ = ['check_crf', 'dense_crf', 'crf_all']
 # %% ../nbs/appendix/d2_crf.ipynb #c5a1cf91
 import numpy as np
 
+from .engine.check import check_finite
+
 # %% ../nbs/appendix/d2_crf.ipynb #0b6b97be
 def _library():
     "The module pydensecrf.densecrf. Raises ImportError with the command that installs it."
@@ -36,8 +38,7 @@ def check_crf(
             f"probabilities {probabilities.shape} do not fit the image {image.shape}: give (K, H, W), resized"
             " to the image"
         )
-    if not np.isfinite(probabilities).all():
-        raise ValueError("probabilities hold NaN or infinity: check the scores that they were made from")
+    check_finite(probabilities, "probabilities hold", "check the scores that they were made from")
     total = probabilities.sum(0)
     if probabilities.min() < 0 or abs(total - 1).max() > 0.01:
         raise ValueError(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .cam import minmax
-from .clip import check_images
 from .config import InferenceSettings
+from .engine.check import check_images
 from .head import raw_tokens
 
 # %% ../nbs/5_training/55_infer.ipynb #04544e4e
@@ -49,7 +49,7 @@ def views(
 ) -> list:  # of (images (B, 3, h, w), whether they are mirrored)
     """An image batch at several sizes, in whole patches.
     Raises ValueError for scales that are none and for what is no image."""
-    check_images(images, 1)
+    check_images(images)
     if not len(scales) or not all(0 < s < math.inf for s in scales):
         raise ValueError(
             f"scales are {tuple(scales)}: give one or more numbers above 0, such as (0.7, 1.0, 1.2, 1.5)"

@@ -13,6 +13,7 @@ from torch import Tensor
 import torch.nn.functional as F
 from .cam import minmax, patch_text_cam, resize_maps
 from .data import batch_images
+from .engine.check import check_features
 from .vce import vce_features
 
 # %% ../nbs/4_cache/41_keys.ipynb #d0cf4e05
@@ -67,10 +68,7 @@ def masked_average_pool(
             f"features (B, N, d) need a mask (B, N), not {tuple(features.shape)} and {tuple(mask.shape)}:"
             " flatten the mask's grid, e.g. mask.flatten(1)"
         )
-    if not features.isfinite().all():
-        raise ValueError(
-            "features contain NaN or infinity: check the encoder's precision, e.g. load it with float32"
-        )
+    check_features(features)
     m = mask.to(features)
     total = m.sum(1, keepdim=True)
     return torch.einsum("bn,bnd->bd", m, features) / torch.where(total > 0, total, 1)
@@ -115,10 +113,7 @@ def cluster_keys(
         raise ValueError(
             f"features must be (n, d), not {tuple(features.shape)}: pool them first with masked_average_pool"
         )
-    if not features.isfinite().all():
-        raise ValueError(
-            "features contain NaN or infinity: check the encoder's precision, e.g. load it with float32"
-        )
+    check_features(features)
     if not 1 <= centroids <= len(features):
         raise ValueError(
             f"{centroids} centroids of {len(features)} features: ask for 1 to {len(features)} centroids, or"

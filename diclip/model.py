@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from .datasets.batches import TrainingSet
 from .cache import Cache, build_cache as make_cache
 from .cam import resize_maps
-from .engine.checkpoint import load_checkpoint, save_checkpoint, write_json
+from .engine.check import check_images
+from .engine.checkpoint import load_checkpoint, save_checkpoint
+from .engine.files import write_json
 from .clip import load_clip
 from .crf import dense_crf
 from .config import PROFILES, Profile, get_profile
@@ -92,10 +94,7 @@ def as_arrays(images) -> list:
     """Whatever `prepare` takes as (H, W, 3) uint8 arrays.
     Raises ValueError for anything that is not an image, and for an empty list."""
     if isinstance(images, Tensor):
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"a tensor of images is (B, 3, H, W), not {tuple(images.shape)}")
-        if not images.isfinite().all():
-            raise ValueError("the images contain NaN or infinity: check how they were computed")
+        check_images(images)
         images = [x.permute(1, 2, 0).cpu().numpy() for x in images]
     elif not isinstance(images, (list, tuple)):
         images = [images]

@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .cam import minmax
 from .config import RetrievalSettings
+from .engine.check import check_features
 
 # %% ../nbs/4_cache/43_retrieval.ipynb #cf80a718
 def retrieve(
@@ -30,10 +31,7 @@ def retrieve(
         raise ValueError(f"{len(keys)} keys need as many rows of values, not {tuple(values.shape)}")
     if not sharpness > 0:
         raise ValueError(f"sharpness {sharpness} must be positive: 5.5 is the default")
-    if not features.isfinite().all():
-        raise ValueError(
-            "features contain NaN or infinity: check the encoder's precision, e.g. load it with float32"
-        )
+    check_features(features)
     K, V = keys.to(features), values.to(features)
     return torch.exp(-sharpness * (1 - features @ K.T)) @ V
 

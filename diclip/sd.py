@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .engine.check import check_finite, check_images
 from .imagepool import generate_pool
 from .engine.sd_weights import find_weights, quiet, read_pipeline, read_unet
 from diclip.engine.unet_attention import (
@@ -144,26 +145,6 @@ def decoder_attention(
     return total / len(taken)
 
 # %% ../nbs/3_vce/32_sd.ipynb #a670aee1
-def _check_images(images, factor):
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise ValueError(
-            f"images must be a (B, 3, H, W) tensor with B > 0, got {tuple(getattr(images, 'shape', ()))}: put"
-            " the channels second and add the batch dimension."
-        )
-    if not images.isfinite().all():
-        raise ValueError("images hold NaN or infinity: look at how they were read or resized.")
-    if images.min() < -1e-3 or images.max() > 1 + 1e-3:
-        raise ValueError(
-            f"images must lie in [0, 1], got {images.min():.3g} to {images.max():.3g}: divide bytes by 255,"
-            " and leave normalization to the model."
-        )
-    if images.shape[2] % factor or images.shape[3] % factor:
-        raise ValueError(
-            f"images of {images.shape[2]}x{images.shape[3]} do not fit the VAE: make both sides a multiple of"
-            f" {factor}."
-        )
-
-
 def _check_numbers(grid, timestep, draws, chunk, count):
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"grid must be (h, w), two positive integers, got {grid}: give CLIP's patch grid.")
@@ -187,7 +168,7 @@ def attention(
 ) -> Tensor:  # (B, N, N) float32 on the images' device, rows sum to 1
     """Self-attention of the UNet's decoder for real images (III-C, C.2).
     Raises ValueError for bad input, or where half precision overflowed."""
-    _check_images(images, self.factor)
+    check_images(images, self.factor)
     _check_numbers(grid, timestep, draws, chunk, self.pipe.scheduler.config.num_train_timesteps)
     maps, timestep = [], int(timestep)
     for part in images.split(chunk or len(images)):
@@ -198,8 +179,9 @@ def attention(
         ]
         maps.append(sum(looks) / draws)
     A = torch.cat(maps).to(images.device)
-    if not A.sum(dtype=torch.float32).isfinite():
-        raise ValueError(f"The attention overflowed in {self.dtype}: load the model in bfloat16 or float32.")
+    check_finite(
+        A, f"the attention, computed in {self.dtype}, holds", "load the model in bfloat16 or float32."
+    )
     return A
 
 # %% ../nbs/3_vce/32_sd.ipynb #1029fec7
@@ -261,6 +243,5 @@ def generate(
         generator=generators,
         output_type="pt",
     ).images
-    if not x.isfinite().all():
-        raise ValueError(f"The images overflowed in {self.dtype}: load the model in bfloat16 or float32.")
+    check_finite(x, f"the images, drawn in {self.dtype}, hold", "load the model in bfloat16 or float32.")
     return (x.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from .acr import refine_attention
 from .config import VceSettings
+from .engine.check import check_finite
 
 # %% ../nbs/3_vce/34_vce.ipynb #7581ca33
 # Table XII: name -> function of CLIP's patch block A (B, H, N, N) and S = alpha * SD's attention (B, 1, N, N)
@@ -40,10 +41,7 @@ def _check(clip, sd, mode):
             " images."
         )
     for name, x in (("CLIP's", clip), ("SD's", sd)):
-        if not x.sum(dtype=torch.float32).isfinite():  # as sure as `.all()`, and 30 times faster
-            raise ValueError(
-                f"{name} attention holds NaN or infinity: check the images and the precision of the model."
-            )
+        check_finite(x, f"{name} attention holds", "check the images and the precision of the model.")
 
 # %% ../nbs/3_vce/34_vce.ipynb #cdd121ba
 def fuse_attention(

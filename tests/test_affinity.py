@@ -48,8 +48,8 @@ def test_a_walk_stays_in_its_box_and_absent_classes_stay_absent():
 
 @pytest.mark.parametrize("call, message", [
     (lambda: sinkhorn(torch.rand(4, 4)), "drop the class token"),
-    (lambda: sinkhorn(-torch.ones(1, 4, 4)), "not negative"),
-    (lambda: sinkhorn(torch.full((1, 4, 4), float("nan"))), "finite"),
+    (lambda: sinkhorn(-torch.ones(1, 4, 4)), "negative values"),
+    (lambda: sinkhorn(torch.full((1, 4, 4), float("nan"))), "NaN or infinity"),
     (lambda: confident_boxes(torch.rand(1, 2, 9), (3, 4)), "do not fit the grid"),
     (lambda: confident_boxes(torch.rand(1, 2, 9), (3, 3), 1.), "outside")])
 def test_refusals(call, message):

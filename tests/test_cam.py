@@ -121,7 +121,7 @@ def test_resize_keeps_rows_and_columns():
 NAN = torch.full((1, 4, 8), float("nan"))
 @pytest.mark.parametrize("call, message", [
     (lambda F, T: patch_text_cam(NAN, T), "NaN"), (lambda F, T: patch_text_cam(F, T * float("nan")), "text holds NaN"),
-    (lambda F, T: minmax(NAN), "NaN"), (lambda F, T: minmax(torch.tensor([1., float("inf")])), "NaN or infinite"),
+    (lambda F, T: minmax(NAN), "NaN"), (lambda F, T: minmax(torch.tensor([1., float("inf")])), "NaN or infinity"),
     (lambda F, T: patch_text_cam(F[0], T), "give \\(B, N, d\\)"), (lambda F, T: patch_text_cam(F, T[:, :5]), "do not fit"),
     (lambda F, T: patch_text_cam(F, T[0]), "do not fit"),
     (lambda F, T: patch_text_cam(F, T, torch.tensor([0])), "one flag per image and class"),

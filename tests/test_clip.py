@@ -258,7 +258,7 @@ def test_template_without_a_gap(clip):
 
 @pytest.mark.parametrize("x, message", [
     (torch.full((1, 3, 96, 96), float("nan")), "NaN"),
-    (torch.full((1, 3, 96, 96), float("inf")), "NaN or infinite"),
+    (torch.full((1, 3, 96, 96), float("inf")), "NaN or infinity"),
     (torch.rand(1, 3, 90, 96), "multiple of the patch size 8: resize, e.g. to 88x96"),
     (torch.rand(1, 3, 2, 96), "8x96"),
     (torch.rand(1, 1, 96, 96), "RGB tensor"), (torch.rand(1, 96, 96, 3), "permute"), (torch.rand(3, 96, 96), "batch dimension"),

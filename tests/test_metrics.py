@@ -1,7 +1,7 @@
 "Invariants of the confusion matrix, agreement with scikit-learn and torchmetrics, and refusals."
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from diclip.metrics import ConfusionMatrix, best_threshold, cam_confusion, class_scores, count_pairs, mean_score, protocol, threshold_matrices
+from diclip.metrics import ConfusionMatrix, cam_confusion, class_scores, count_pairs, mean_score, protocol, threshold_matrices
 
 quick = settings(deadline=None, max_examples=25)
 
@@ -172,7 +172,7 @@ def test_thresholds_in_one_pass(seed):
     tables = threshold_matrices(maps, labels, target, thresholds)
     loop = [cam_confusion(maps, labels, target, t.item()) for t in thresholds]
     assert (tables == torch.stack([cm.matrix for cm in loop])).all()
-    torch.testing.assert_close(best_threshold(maps, labels, target, thresholds), torch.tensor([cm.miou() for cm in loop], dtype=torch.double))
+    torch.testing.assert_close(mean_score(tables), torch.tensor([cm.miou() for cm in loop], dtype=torch.double))
     halves = threshold_matrices(maps[:1], labels[:1], target[:1], thresholds) + threshold_matrices(maps[1:], labels[1:], target[1:], thresholds)
     assert (halves == tables).all()
 
@@ -190,14 +190,14 @@ def test_cam_confusion_by_hand():
 
 def test_cam_refusals():
     maps, labels, target = cams(0)
-    for call in (lambda m, l, t: cam_confusion(m, l, t, .5), lambda m, l, t: best_threshold(m, l, t, [.2, .5])):
+    for call in (lambda m, l, t: cam_confusion(m, l, t, .5), lambda m, l, t: threshold_matrices(m, l, t, [.2, .5])):
         with pytest.raises(ValueError, match="NaN"): call(maps / 0 * 0, labels, target)
         with pytest.raises(ValueError, match="one flag a class"): call(maps, labels[:, :2], target)
         with pytest.raises(ValueError, match="one flag a class"): call(maps[0], labels, target)
         with pytest.raises(ValueError, match="resize"): call(maps, labels, target[:, 1:])
         with pytest.raises(ValueError, match="target holds values"): call(maps, labels, target.where(target < 255, 9))
     for bad in ([.5, .2], [.2, .2], [[.1, .2]]):
-        with pytest.raises(ValueError, match="increasing"): best_threshold(maps, labels, target, bad)
+        with pytest.raises(ValueError, match="increasing"): threshold_matrices(maps, labels, target, bad)
 
 
 def test_protocol():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..cam import resize_maps
-from ..engine.files import write_atomic
+from ..engine.files import write_json
 from ..metrics import ConfusionMatrix, cam_confusion, mean_score, threshold_matrices
 
 # %% ../../nbs/6_use/62_experiment.ipynb #773ec2d3
@@ -188,4 +188,4 @@ def environment(device="cpu") -> dict:
 # %% ../../nbs/6_use/62_experiment.ipynb #8a6db09b
 def save_record(path, **record) -> Path:
     "Write a JSON record atomically."
-    return write_atomic(path, lambda p: p.write_text(json.dumps(record, indent=1, default=str) + "\n"))
+    return write_json(path, record)

@@ -9,6 +9,8 @@ __all__ = ['Log']
 import json
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .checkpoint import read_log
 
 # %% ../../nbs/appendix/a6_log.ipynb #a6l06a05
@@ -49,11 +51,16 @@ class Log:
             if self.board and k != "iteration":
                 self.board.add_scalar(k, v, iteration)
 
-    def show(self, iteration, panel):
-        "A picture (3, H, W) in [0, 1] for TensorBoard."
-        if self.board:
-            self.board.add_image("image, labels, head", panel, iteration)
+# %% ../../nbs/appendix/a6_log.ipynb #a6c10002
+@patch
+def show(self: Log, iteration, panel):
+    "A picture (3, H, W) in [0, 1] for TensorBoard."
+    if self.board:
+        self.board.add_image("image, labels, head", panel, iteration)
 
-    def close(self):
-        if self.board:
-            self.board.close()
+
+@patch
+def close(self: Log):
+    "Let TensorBoard write what it still holds."
+    if self.board:
+        self.board.close()

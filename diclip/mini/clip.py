@@ -204,16 +204,21 @@ def _pixels(views, device):
 
 # %% ../../nbs/mini/20_clip.ipynb #c1a55e5e
 @patch
-def __call__(self: Views, step):
-    scenes, m = [self.scene() for _ in range(self.full)], self.model
-    whole = [self.view(s, False) for s in scenes]
-    crops = [self.view(scenes[i % self.full], True) for i in range(self.crops)]
+def shortcut(self: Views) -> dict:  # switches of `encode`
+    "What the image tower leaves out in one step: its last layers, far patches, or the class token."
     how = dict(
         depth=int(self.rng.choice([2, 3, 4, 5, 6], p=[0.05, 0.05, 0.1, 0.1, 0.7])),
         window=[None, None, 2, 3, 5, 8][self.rng.integers(6)],
     )
-    if self.rng.random() < 0.5:
-        how |= dict(depth=None, pool=True)
+    return how | (dict(depth=None, pool=True) if self.rng.random() < 0.5 else {})
+
+# %% ../../nbs/mini/20_clip.ipynb #20c1a5b2
+@patch
+def __call__(self: Views, step):
+    scenes, m = [self.scene() for _ in range(self.full)], self.model
+    whole = [self.view(s, False) for s in scenes]
+    crops = [self.view(scenes[i % self.full], True) for i in range(self.crops)]
+    how = self.shortcut()
     places = [v[1] for v in crops]
     precision = torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
     with sdpa_kernel(SDPBackend.MATH), precision:  # the quickest backward pass on a CPU

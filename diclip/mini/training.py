@@ -177,7 +177,7 @@ def fit(
     weight_decay: float = 0.01,
     fall: float = 0.4,  # share of the budget in which the rate falls
     clip: float = 1.0,  # gradient norm
-    every: int = 100,  # steps between log lines
+    every: int = 100,  # steps between log lines; five before the first of them
     save_minutes: float = 5,  # between checkpoints
     evaluate=None,  # evaluate(average state) -> {name: float}, with each checkpoint
 ) -> dict:  # the averaged weights, a state dict
@@ -200,7 +200,7 @@ def fit(
         progress = _agree(
             max(spent / 60 / minutes if minutes else 0, (done - first["step"]) / steps if steps else 0)
         )
-        if done % every == 0:
+        if done % (every if done > every else min(every, 5)) == 0:  # a short run is worth a curve, too
             run.report()
         if time.time() - saved > 60 * save_minutes:
             run.save(evaluate)

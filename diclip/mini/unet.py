@@ -108,7 +108,7 @@ def shared(path, shape, dtype):
     how = dict(mode="r+") if kept else dict(mode="w+", shape=shape, dtype=dtype)
     return torch.from_numpy(np.lib.format.open_memmap(path, **how))
 
-
+# %% ../../nbs/mini/40_unet.ipynb #40c1a5b2
 class Latents:
     """Batches of latents (n, 16, 20, 20) and token ids; one caption in ten is empty. A picture is encoded
     once, by the process that draws it first, and kept in `folder` under the pool's size and time."""
@@ -140,14 +140,17 @@ class Latents:
         }
         self.known = {k: shared(folder / f"{kept[k]}_known.npy", (len(z),), bool) for k, z in self.z.items()}
 
-    def _encode(self, kind, index):
-        x = np.stack([self.images[kind][i // 2][:, :: -1 if i % 2 else 1] for i in index.tolist()])
-        x = torch.from_numpy(x).permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
-        with torch.no_grad():
-            self.z[kind][index] = (
-                (self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor).half().cpu()
-            )
-        self.known[kind][index] = True
+# %% ../../nbs/mini/40_unet.ipynb #40c1a5b3
+@patch
+def _encode(self: Latents, kind, index):
+    "Encode pictures that no process has drawn yet."
+    x = np.stack([self.images[kind][i // 2][:, :: -1 if i % 2 else 1] for i in index.tolist()])
+    x = torch.from_numpy(x).permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
+    with torch.no_grad():
+        self.z[kind][index] = (
+            (self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor).half().cpu()
+        )
+    self.known[kind][index] = True
 
 # %% ../../nbs/mini/40_unet.ipynb #92b86124
 @patch

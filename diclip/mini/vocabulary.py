@@ -13,7 +13,7 @@ from ..world import BACKGROUNDS, CLASSES
 
 # %% ../../nbs/mini/12_vocabulary.ipynb #92ebaf73
 def corpus() -> list:
-    "Sentences with every word that the mini models meet."
+    "Sentences with the words of captions, templates and prompt; names of kinds are spelled from pieces."
     starts = ("a photo of", "a picture of", "an image of", "a clean origami")
     sentences = [f"{s} a {c} and a {c} on {b}" for s in starts for c in CLASSES for b in BACKGROUNDS]
     return sentences + [PROMPT.format(category=c) for c in CLASSES] * 20 + ["nothing on"] * 20
