@@ -177,6 +177,7 @@ def curves(
     title="",
     size=(4, 2.6),  # inches
     logx=False,  # logarithmic x axis, a tick at every x
+    logy=False,  # logarithmic y axis
 ):
     "Draw labelled curves, with bands where bounds are given."
     import matplotlib.pyplot as plt
@@ -192,6 +193,8 @@ def curves(
         ax.set(xscale="log")
         ax.set_xticks(at, [f"{v:g}" for v in at])
         ax.minorticks_off()
+    if logy:
+        ax.set(yscale="log")
     ax.grid(alpha=0.3)
     if len(lines) > 1:
         ax.legend(fontsize=7)
