@@ -6,6 +6,7 @@
 __all__ = ['check_finite', 'check_features', 'check_attention', 'check_images', 'check_sides']
 
 # %% ../../nbs/appendix/a7_check.ipynb #1642cd39
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ def check_finite(
     cure: str,  # what to do
 ):
     "Raises ValueError where x holds NaN or infinity."
-    x = torch.as_tensor(x)
+    x = x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
     if not x.sum(dtype=torch.float32).isfinite() and not x.isfinite().all():
         raise ValueError(f"{subject} NaN or infinity: {cure}")
 
