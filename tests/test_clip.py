@@ -259,12 +259,12 @@ def test_template_without_a_gap(clip):
 @pytest.mark.parametrize("x, message", [
     (torch.full((1, 3, 96, 96), float("nan")), "NaN"),
     (torch.full((1, 3, 96, 96), float("inf")), "NaN or infinity"),
-    (torch.rand(1, 3, 90, 96), "multiple of the patch size 8: resize, e.g. to 88x96"),
+    (torch.rand(1, 3, 90, 96), "multiple of 8: resize, e.g. to 88x96"),
     (torch.rand(1, 3, 2, 96), "8x96"),
     (torch.rand(1, 1, 96, 96), "RGB tensor"), (torch.rand(1, 96, 96, 3), "permute"), (torch.rand(3, 96, 96), "batch dimension"),
     (torch.rand(0, 3, 96, 96), "RGB tensor"), ([1, 2], "not list"),
     (torch.zeros(1, 3, 96, 96, dtype=torch.uint8), "float\\(\\) / 255"),
-    (torch.rand(1, 3, 96, 96) * 255, "in \\[0, 1\\]"), (torch.randn(1, 3, 96, 96) * 2, "normalizes them itself"),
+    (torch.rand(1, 3, 96, 96) * 255, "in \\[0, 1\\]"), (torch.randn(1, 3, 96, 96) * 2, "normalize them themselves"),
 ])
 def test_wrong_images(clip, x, message):
     with pytest.raises(ValueError, match=message): clip.dense(x)
