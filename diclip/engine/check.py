@@ -58,8 +58,8 @@ def check_images(
     low, high = images.min().item(), images.max().item()
     if low < -0.1 or high > 1.1:
         raise ValueError(
-            f"images run from {low:.3g} to {high:.3g}: pass values in [0, 1], divide bytes by 255; the models normalize"
-            " them themselves."
+            f"images run from {low:.3g} to {high:.3g}: pass values in [0, 1], divide bytes by 255; the models"
+            " normalize them themselves."
         )
     check_sides(images, factor)
 
