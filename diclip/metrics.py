@@ -233,6 +233,24 @@ def subset(
     out.matrix = torch.sparse.sum(out._record[0], 0).to_dense().view_as(self.matrix)
     return out
 
+# %% ../nbs/1_ground/15_metrics.ipynb #15c0a002
+@patch
+def counts(self: ConfusionMatrix) -> Tensor:  # (images, K, K), one table an image
+    "What `from_counts` makes a matrix of again. Raises ValueError where no record of images was kept."
+    return self._tables().to_dense().unflatten(1, (self.num_classes, self.num_classes))
+
+
+@patch(cls_method=True)
+def from_counts(
+    cls: ConfusionMatrix,
+    counts: Tensor,  # (images, K, K) integers, rows = target
+) -> ConfusionMatrix:
+    "A matrix from the counts of its images."
+    out = cls(counts.shape[-1])
+    out.matrix, out.images = counts.sum(0), len(counts)
+    out._record = [counts.flatten(1).to_sparse()]
+    return out
+
 # %% ../nbs/1_ground/15_metrics.ipynb #04cf42d2
 @patch
 def resampled(
