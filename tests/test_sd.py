@@ -16,6 +16,7 @@ from diclip.engine.clip_weights import WeightsError
 from diclip.config import profile
 from diclip.imagepool import generate_pool, image_seed, read_pool
 from diclip.sd import draw_noise, load_sd
+from diclip.world import SIZE
 from diclip.engine.unet_attention import attention_map, capture_self_attention, resize_tokens, self_attention_layers
 
 torch.set_num_threads(1)
@@ -273,7 +274,7 @@ def test_untrained_twin(mini):
 def test_an_image_is_a_function_of_prompt_and_seed(mini):
     prompts, seeds = ["a boat", "a cat", "a car"], [5, 6, 7]
     x = mini.generate(prompts, seeds, steps=3)
-    assert x.shape == (3, 96, 96, 3) and x.dtype == np.uint8
+    assert x.shape == (3, SIZE, SIZE, 3) and x.dtype == np.uint8
     for y in (mini.generate(prompts[1:2], [6], steps=3)[0], mini.generate(["a car", "a cat"], [1, 6], steps=3)[1]):
         assert abs(x[1].astype(int) - y.astype(int)).max() <= 1
     assert (mini.generate(["a cat"], [7], steps=3)[0] != x[1]).any()
@@ -284,7 +285,7 @@ def test_generation_keeps_prediction_type_and_other_sizes(mini):
     config = mini.pipe.scheduler.config
     assert type(mini.pipe.scheduler).__name__ == "DDIMScheduler" and config.prediction_type == "v_prediction" and not config.clip_sample
     assert mini.generate(["a"], [0], steps=1, guidance=1., size=(64, 128)).shape == (1, 64, 128, 3)
-    assert mini.picture_size() == (96, 96)
+    assert mini.picture_size() == (SIZE, SIZE)
 
 
 @pytest.mark.parametrize("kw,message", [(dict(seeds=[1, 2]), "one seed"), (dict(prompts=[], seeds=[]), "at least one"), (dict(prompts="a"), "list of prompts"),
@@ -377,7 +378,7 @@ def test_image_seeds_are_valid_and_distinct(seed, name, i):
 def test_pool_of_the_diffusion_model(mini, tmp_path):
     files = generate_pool(mini, {"boat": "boat"}, tmp_path / "p", PROMPT, per_class=2, steps=2, batch=1, progress=False)
     settings = json.loads((tmp_path / "p/pool.json").read_text())
-    assert settings["model"] == mini.fingerprint and settings["size"] == [96, 96] and settings["steps"] == 2
+    assert settings["model"] == mini.fingerprint and settings["size"] == [SIZE, SIZE] and settings["steps"] == 2
     want = mini.generate(["a photo of a boat"] * 2, [image_seed(0, "boat", i) for i in range(2)], steps=2)
     assert abs(read_pool(tmp_path / "p")["boat"].astype(int) - want.astype(int)).max() <= 1 and len(files["boat"]) == 2
 
