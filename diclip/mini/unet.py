@@ -228,7 +228,7 @@ def start_unet(folder, start=None):
         model.text = type(model.text).from_pretrained(start, subfolder="text_encoder", dtype=torch.float32)
     return model
 
-
+# %% ../../nbs/mini/40_unet.ipynb #40c1a5b4
 def train_unet(
     folder,  # checkpoint, log and, with every checkpoint, the folder `pipeline`
     pool,  # the pre-training pool
