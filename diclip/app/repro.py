@@ -34,10 +34,8 @@ def run_notebook(
     out.mkdir(parents=True, exist_ok=True)
     done, record = out / f"{name}.ipynb", out / f"{name}.json"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name, size in (("MALLOC_MMAP_THRESHOLD_", 2**32), ("MALLOC_TRIM_THRESHOLD_", 2**33)):
-        os.environ.setdefault(
-            name, str(size)
-        )  # glibc keeps freed tensors: a training needs a third of the time
+    for variable, size in (("MALLOC_MMAP_THRESHOLD_", 2**32), ("MALLOC_TRIM_THRESHOLD_", 2**33)):
+        os.environ.setdefault(variable, str(size))  # glibc keeps what tensors free: trainings are faster
     pm.execute_notebook(
         str(experiment_notebook(name)),
         str(done),
