@@ -7,7 +7,7 @@ __all__ = ['THRESHOLDS', 'by_size', 'choose_threshold', 'score', 'center_prior',
            'batched', 'Seeded', 'format_table', 'environment', 'save_record']
 
 # %% ../../nbs/6_use/62_experiment.ipynb #8e2113cd
-import json, platform, subprocess
+import platform, subprocess
 from datetime import date
 from importlib import metadata
 from pathlib import Path
