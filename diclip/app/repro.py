@@ -74,6 +74,7 @@ def diclip_repro(
     no_train: bool = False,  # stop after the training-free half
     train_split: str = "train",  # list that segmentation heads are trained on ("train_aug" on VOC with SBD)
     n_heads: int = 300,  # of its images, the first ones; 0: all
+    iterations: int = 400,  # of each head's training; 0: the profile's
     controls: bool = False,  # also train random adapter, rolled labels, full supervision
 ):
     """Measure CLIP, + VCE, + cache and their controls, then train Table IV; print both beside the paper's
@@ -96,7 +97,8 @@ def diclip_repro(
     print("\n" + record["table"] + "\n")
     if not no_train:
         lists = dict(train_split=train_split, n_train=n_heads, n_choose=min(n_train, n_heads or n_train))
-        trained = run_notebook("training", out, **both, **lists, split="val", controls=controls)
+        how = dict(iterations=iterations, controls=controls)
+        trained = run_notebook("training", out, **both, **lists, **how, split="val")
         print("\n" + trained["table"] + "\n")
     print(
         f"{(time.time() - start) / 60:.1f} minutes. Records, executed notebooks and reports: {out}/*.json,"
