@@ -39,7 +39,7 @@ def imports(module):
 
 
 LAYERS = """config shapes world data plot metrics
-engine.check engine.files engine.checkpoint engine.log engine.clip_weights engine.sd_weights engine.unet_attention imagepool
+engine.check engine.files engine.cachefile engine.checkpoint engine.log engine.clip_weights engine.sd_weights engine.unet_attention imagepool
 datasets.index datasets.sbd datasets.coco datasets.augment datasets.batches datasets.download
 clip cam labels affinity
 sd acr vce

@@ -92,17 +92,20 @@ def paired_difference(
     b: list,  # one a seed, of the same images in the same order
     draws: int = 1000,  # bootstrap resamples
     less: tuple = (),  # another (a, b): by how much the first pair's difference exceeds this one's
-) -> list:  # mean, low, high: percent
-    """mIoU(b) - mIoU(a) with its 95 % interval over images, mean over seeds.
+) -> list:  # difference, low, high: percent
+    """mIoU(b) - mIoU(a), mean over seeds, with its 95 % interval over images.
     Raises ValueError for other numbers of images."""
     if len({m.images for m in (*a, *b, *(m for rows in less for m in rows))}) > 1:
         raise ValueError("paired rows need the same images: score both on one list")
-    drawn = lambda rows: 100 * torch.stack([m.resampled("miou", draws) for m in rows]).mean(0)
-    d = drawn(b) - drawn(a) - (drawn(less[1]) - drawn(less[0]) if less else 0)
-    return [
-        round(v, 2)
-        for v in (d.mean().item(), *d.nanquantile(torch.tensor([0.025, 0.975], dtype=d.dtype)).tolist())
-    ]
+
+    def difference(of):
+        d = of(b) - of(a)
+        return d - (of(less[1]) - of(less[0])) if less else d
+
+    found = difference(lambda rows: sum(100 * m.miou() for m in rows) / len(rows))
+    drawn = difference(lambda rows: 100 * torch.stack([m.resampled("miou", draws) for m in rows]).mean(0))
+    ends = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    return [round(v, 2) for v in (found, *ends)]
 
 
 def verdict(low: float, high: float) -> str:
