@@ -6,10 +6,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "experiments"} & set(p.parts))
+FEW = dict(images_per_class=12)     # in the cache
 SMALL = {"components": dict(n_train=24, n_val=24, seeds=1, per_class=12, draws=50), "choices": dict(n_train=10),
          "controls": dict(n_train=8, alphas=[1., 8.], widths=[1.], temperatures=[0, .1], timesteps=[50]),
-         "training": dict(n_train=24, n_choose=24, n_val=16, seeds=1, iterations=4, draws=50),
-         "adapter": dict(n_teach=16, n_judge=16, n_choose=16, seeds=1, iterations=4, draws=50)}
+         "training": dict(n_train=24, n_choose=24, n_val=16, seeds=1, iterations=4, draws=50, overrides=FEW),
+         "adapter": dict(n_teach=16, n_judge=16, n_choose=16, seeds=1, iterations=4, draws=50, overrides=FEW)}
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SIZES', 'missing_files', 'check_folder', 'quiet', 'Found', 'local_folder', 'hub_folder', 'find_weights',
-           'count_tensors', 'read_pipeline', 'read_unet']
+           'count_tensors', 'values_arrived', 'read_pipeline', 'read_unet']
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #4ae5c742
 from contextlib import contextmanager
@@ -163,6 +163,26 @@ def count_tensors(folder: Path, variant=None) -> int:
                 count += len(weights.keys())
     return count
 
+# %% ../../nbs/appendix/a4_sd_weights.ipynb #a4v00002
+def values_arrived(net, folder: Path, variant=None) -> bool:
+    "Do the first and the last tensor of every weight file stand in the network, under a name that ends alike?"
+    import torch
+    from safetensors import safe_open
+
+    state = {name: x for name, x in net.state_dict().items() if not x.is_meta}
+
+    def stands(name, x):
+        ends_alike = lambda n: n.endswith(name) or name.endswith(n)
+        return any(torch.equal(y.float(), x.float()) for n, y in state.items() if ends_alike(n))
+
+    for f in folder.glob("*.safetensors"):
+        if (".fp16" in f.name) == (variant == "fp16"):
+            with safe_open(f, "pt") as weights:
+                names = sorted(weights.keys())
+                if not all(stands(n, weights.get_tensor(n)) for n in (names[0], names[-1])):
+                    return False
+    return True
+
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #633631ce
 def _check_complete(net, part, found):
     "Raises WeightsError for a network with tensors that no file gave."
@@ -171,6 +191,11 @@ def _check_complete(net, part, found):
         raise WeightsError(
             f"The {part or 'UNet'} of {found.name} needs {len(net.state_dict())} tensors, its files hold"
             f" {have} or name them differently: fetch or save it again."
+        )
+    if not values_arrived(net, found.folder / part, found.variant):
+        raise WeightsError(
+            f"The weights of the {part or 'UNet'} of {found.name} did not arrive: this version of transformers"
+            " or diffusers does not know their names; install a newer one."
         )
 
 
