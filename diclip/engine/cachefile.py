@@ -65,7 +65,8 @@ def read_rows(path) -> tuple:  # keys, values, classes, meta
 
 # %% ../../nbs/appendix/a8_cachefile.ipynb #a8c00014
 def keep_pooled(path, key, compute) -> tuple:  # foreground and background vectors
-    "Pooled vectors from the work file of a class if its key fits, else computed, and kept unless `path` is None."
+    """Pooled vectors from the work file of a class if its key fits, else computed, and kept unless `path` is
+    None."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
 
