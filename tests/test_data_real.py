@@ -428,24 +428,37 @@ def test_a_server_without_ranges_and_a_second_address(server, tmp_path):
 def test_a_wrong_hash_is_never_left_as_good(server, tmp_path):
     a = offer(server, "a.tar", BYTES)
     server.files["a.tar"] = BYTES[::-1]
-    with pytest.raises(ValueError, match=f"published {a.md5}.*a.tar.bad; delete that and call diclip_data again"): fetch(a, tmp_path, **QUICK)
+    with pytest.raises(ValueError, match=f"MD5 {hashlib.md5(BYTES[::-1]).hexdigest()} instead of the published {a.md5}, kept as a.tar.bad"): fetch(a, tmp_path, **QUICK)
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar.bad"]
     (tmp_path / "a.tar").write_bytes(b"put here by hand")
-    with pytest.raises(ValueError, match="a.tar.bad"): fetch(a, tmp_path, **QUICK)
+    with pytest.raises(ValueError, match=f"published {a.md5}.*a.tar.bad; delete that and call diclip_data again"): fetch(a, tmp_path, **QUICK)
     server.files["a.tar"] = BYTES
     assert fetch(a, tmp_path, **QUICK).read_bytes() == BYTES
 
 
 def test_no_network_says_what_to_put_where(server, tmp_path):
-    a = Archive(("http://127.0.0.1:9/VOC.tar",), 10, "0" * 32, {})
-    with pytest.raises(ValueError) as e: fetch(a, tmp_path, attempts=2, **QUICK)
-    assert f"get http://127.0.0.1:9/VOC.tar elsewhere, put it at {tmp_path / 'VOC.tar'} and call diclip_data again" in str(e.value)
+    a = Archive(("http://127.0.0.1:9/VOC.tar", "http://127.0.0.1:10/VOC.tar"), 10, "0" * 32, {}, note="a browser has it")
+    with pytest.raises(ValueError, match=r"cannot fetch VOC.tar from http://127.0.0.1:9/VOC.tar: .*; http://127.0.0.1:10/VOC.tar: .* with --from FILE \(a browser has it\)$"): fetch(a, tmp_path, attempts=2, **QUICK)
     gone = offer(server, "gone.tar", BYTES)
     del server.files["gone.tar"]
     with pytest.raises(ValueError, match="404"): fetch(gone, tmp_path, 1, **QUICK)
     server.files["gone.tar"] = b"<html>please log in</html>"
-    with pytest.raises(ValueError, match="offers 26 bytes instead of 5000"): fetch(gone, tmp_path, 1, **QUICK)
-    assert not list(tmp_path.glob("*.tar*"))
+    server.asked.clear()
+    with pytest.raises(ValueError, match="offers 26 bytes instead of 5000"): fetch(gone, tmp_path, **QUICK)
+    assert not list(tmp_path.glob("*.tar*")) and len(server.asked) == 1, "a firewall's page is not asked for five times"
+
+
+def test_a_mirror_serves_and_says_so(server, tmp_path, capsys):
+    first, second, third = (offer(server, f"{k}/a.tar", BYTES) for k in "xyz")
+    server.files["x/a.tar"], server.files["y/a.tar"] = b"blocked by a firewall", BYTES[:-1] + b"?"
+    sha = hashlib.sha256(BYTES).hexdigest()
+    a = Archive(("http://127.0.0.1:9/a.tar", *first.urls, *second.urls, *third.urls), first.size, first.md5, {}, sha256=sha)
+    assert fetch(a, tmp_path, **QUICK).read_bytes() == BYTES
+    served, silent = capsys.readouterr().out.splitlines()
+    assert served == f"a.tar: from {third.urls[0]}, with the published MD5 and SHA-256"
+    for why in (a.urls[0], "offers 21 bytes", f"{second.urls[0]}: MD5 {hashlib.md5(BYTES[:-1] + b'?').hexdigest()} instead of the published {a.md5} and SHA-256"): assert why in silent
+    other = Archive(third.urls, a.size, a.md5, {}, sha256="0" * 64)
+    with pytest.raises(ValueError, match=f"has SHA-256 {sha} instead of the published {'0' * 64}"): fetch(other, tmp_path, **QUICK)
 
 
 def tar(files, links=()):
@@ -529,9 +542,55 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     assert "'test': 3" in capsys.readouterr().out
 
 
+def test_data_from_files_on_the_disk(server, voc, tmp_path, monkeypatch):
+    make = lambda *names: tar({f"VOCdevkit/VOC2012/{k}": v for k, v in files_of(voc).items() if k.startswith(names)})
+    lists = "VOCdevkit/VOC2012/ImageSets/Segmentation/test.txt"
+    trainval, test = make("JPEGImages/2007", "Seg", "ImageSets/Segmentation/train"), make("JPEGImages/2008", "ImageSets/Segmentation/test")
+    monkeypatch.setitem(ARCHIVES, "voc", (offer(server, "voc.tar", trainval, {"VOCdevkit/VOC2012/JPEGImages": 3}),))
+    monkeypatch.setitem(ARCHIVES, "voc_test", (offer(server, "test.tar", test, {lists: 2}),))
+    root, disk = tmp_path / "data", tmp_path / "disk"
+    disk.mkdir()
+    for name, content in (("mine.tar", trainval), ("test.tar", test), ("half.tar", test[:99])): (disk / name).write_bytes(content)
+    run = lambda name, *files, **k: download.diclip_data(name, str(root), from_file=[str(disk / f) for f in files], **k)
+    run("voc", "mine.tar")
+    with pytest.raises(ValueError, match="test.txt has 0 of 2 files"): verify_data("voc_test", root, progress=False)
+    run("voc_test", "test.tar")
+    verify_data("voc_test", root, progress=False)
+    assert not server.asked and VOC(root / "VOCdevkit/VOC2012", "test", masks=None).ids == MORE and len(list(disk.iterdir())) == 3
+    (root / f"VOCdevkit/VOC2012/JPEGImages/{MORE[1]}.jpg").unlink()
+    assert missing_files(ARCHIVES["voc_test"][0], root) == {lists: (1, 2)}, "one test image is missing, although the folder holds more files than the list"
+    a = ARCHIVES["voc_test"][0]
+    for message, files in ((f"half.tar has MD5 {hashlib.md5(test[:99]).hexdigest()} instead of the published {a.md5}: .*get a fresh copy", ["half.tar"]),
+                           (r"is a folder: give the archive itself \(test.tar\)", [""]), ("no such file", ["gone.tar"])):
+        with pytest.raises(SystemExit, match=message): run("voc_test", *files)
+    with pytest.raises(SystemExit, match="leave out --from"): run("voc", "mine.tar", verify=True)
+    with pytest.raises(SystemExit, match="mini has no archives"): run("mini", "mine.tar")
+    assert len(list(disk.iterdir())) == 3 and not server.asked
+
+
+def test_one_of_several_archives_from_the_disk(server, tmp_path, monkeypatch):
+    parts = {f"{k}.zip": zipped({f"{k}/{i}.jpg": b"x" * j for i in range(2)}) for j, k in enumerate(("train2014", "val2014"), 1)}
+    monkeypatch.setitem(ARCHIVES, "coco", tuple(offer(server, n, c, {f"coco/{n[:-4]}": 2}, "coco") for n, c in parts.items()))
+    (tmp_path / "download (1)").write_bytes(parts["val2014.zip"])
+    (tmp_path / "other.zip").write_bytes(b"x")
+    with pytest.raises(ValueError, match="other.zip is none of train2014.zip, val2014.zip"): get_data("coco", tmp_path / "d", files=[tmp_path / "other.zip"], **QUICK)
+    get_data("coco", tmp_path / "d", files=[tmp_path / "download (1)"], **QUICK)
+    assert len(server.asked) == 1 and sorted(p.name for p in (tmp_path / "d").iterdir()) == ["coco", "train2014.zip"]
+
+
+def test_the_option_is_called_from():
+    from fastcore.script import anno_parser
+    parser = anno_parser(download.diclip_data.__wrapped__)
+    assert parser.parse_args(["voc_test", "--from", "a.tar"]).from_file == ["a.tar"] and parser.parse_args(["voc"]).from_file is None
+    assert "wants a login" in " ".join(parser.format_help().split())
+
+
 def test_published_hashes():
     known = {a.name: a for archives in ARCHIVES.values() for a in archives}
-    assert len(known) == 5 and all(len(a.md5) == 32 and set(a.md5) <= set("0123456789abcdef") and a.size > 1e8 and a.holds for a in known.values())
+    assert len({h for a in known.values() for h in a.hashes.values()}) == 11 and [a.name for a in known.values() if not a.sha256] == ["benchmark.tgz"]
+    assert all(set(a.sha256) <= set("0123456789abcdef") and len(a.sha256) in (0, 64) for a in known.values())
+    assert [u.split("/")[2].endswith("ox.ac.uk") for u in known["VOCtrainval_11-May-2012.tar"].urls] == [True] * 2 + [False] * 3
+    assert len(known) == 6 and all(len(a.md5) == 32 and set(a.md5) <= set("0123456789abcdef") and a.size > 1e8 and a.holds for a in known.values())
     assert all(u.rsplit("/", 1)[-1] == a.name for a in known.values() for u in a.urls)
     try: from torchvision.datasets.voc import DATASET_YEAR_DICT
     except ImportError: return
