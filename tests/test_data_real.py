@@ -1,5 +1,5 @@
-"Folders in the true formats of VOC, SBD and COCO, broken copies of them, the label index, the augmentation and the download."
-import hashlib, io, json, os, tarfile, threading, zipfile
+"Folders in the true formats of VOC, SBD and COCO, broken copies of them, the label index, the augmentation, the download, and the archive for VOC's server."
+import hashlib, io, json, os, re, tarfile, threading, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from diclip.app import submit
+from diclip.app.output import overlay_png, save_label
 from diclip.datasets import download
 from diclip.datasets.augment import FILL, View, augment, draw_view, apply_view, apply_view_to_mask
 from diclip.datasets.coco import COCO, open_dataset, paint_instances
@@ -597,3 +599,158 @@ def test_published_hashes():
     assert known["VOCtrainval_11-May-2012.tar"].md5 == DATASET_YEAR_DICT["2012"]["md5"]
     from torchvision.datasets import SBDataset
     assert known["benchmark.tgz"].md5 == SBDataset.md5
+
+
+# ---- the archive for VOC's server --------------------------------------------------------------------------------------------------------
+
+LAYOUT = "results/VOC2012/Segmentation/comp6_test_cls/"
+
+
+@pytest.fixture
+def predictions(voc, tmp_path):
+    "What diclip_segment leaves for the two test images."
+    for k, name in enumerate(MORE):
+        mask = np.zeros((40, 60), np.uint8)
+        mask[5:20, 5:20] = 20 - k
+        save_label(mask, tmp_path / f"out/{name}.png")
+        overlay_png(picture(k), mask, tmp_path / f"out/{name}_overlay.png")
+    return tmp_path / "out"
+
+
+def members(path):
+    with tarfile.open(path, "r:gz") as t: return {m.name: t.extractfile(m).read() for m in t}
+
+
+def refused(**arguments):
+    with pytest.raises(SystemExit) as e: submit.diclip_submit(**arguments)
+    assert "\n" not in str(e.value) and str(e.value).startswith("diclip_submit: ")
+    return str(e.value)
+
+
+def test_submit_writes_what_the_server_takes(voc, predictions, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(submit, "TEST_IMAGES", 2)
+    a, b = tmp_path / "a.tgz", tmp_path / "b.tar.gz"
+    submit.diclip_submit(str(predictions), data=str(voc), out=str(a))
+    files = members(a)
+    assert list(files) == [f"{LAYOUT}{i}.png" for i in MORE], "the two of the list, sorted, and no overlay"
+    for i in MORE:
+        with Image.open(io.BytesIO(files[f"{LAYOUT}{i}.png"])) as im:
+            assert im.mode == "P" and im.size == (60, 40) and (np.asarray(im) == np.asarray(Image.open(predictions / f"{i}.png"))).all()
+    for f in predictions.iterdir(): os.utime(f, (1, 1))
+    submit.diclip_submit(str(predictions), out=str(b))
+    assert a.read_bytes() == b.read_bytes(), "other times, another name, no list: the same bytes"
+    for arguments in (dict(), dict(data=str(voc)), dict(list=str(voc / "ImageSets/Segmentation/test.txt"))): submit.diclip_submit(check=str(a), **arguments)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 5 and "2 masks" in out[0] and "sizes as the images'" in out[0] and "ids not compared" in out[1] and "sizes not compared" in out[4]
+
+
+def test_submit_wants_all_1456_and_no_others(tmp_path):
+    names = [f"2008_{i:06d}" for i in range(1456)]
+    (tmp_path / "out").mkdir()
+    for i in names: save_mask(tmp_path / f"out/{i}.png", np.full((1, 1), 3, np.uint8))
+    (tmp_path / "list.txt").write_text("\r\n".join(names))
+    submit.diclip_submit(str(tmp_path / "out"), list=str(tmp_path / "list.txt"), out=str(tmp_path / "a.tgz"))
+    submit.diclip_submit(check=str(tmp_path / "a.tgz"))
+    for i in names[3:8]: (tmp_path / f"out/{i}.png").unlink()
+    assert "5 of 1456 masks are missing (2008_000003, 2008_000004, 2008_000005...)" in refused(predictions=str(tmp_path / "out"), list=str(tmp_path / "list.txt"), out=str(tmp_path / "b.tgz"))
+    assert "1451 masks, and VOC's test list has 1,456" in refused(predictions=str(tmp_path / "out"), out=str(tmp_path / "b.tgz"))
+    (tmp_path / "short.txt").write_text("\n".join(names[:3]))
+    assert "1448 masks are of no image of the list (2008_000008" in refused(predictions=str(tmp_path / "out"), list=str(tmp_path / "short.txt"), out=str(tmp_path / "b.tgz"))
+    assert not (tmp_path / "b.tgz").exists()
+
+
+def spoil(kind, path):
+    good = path.read_bytes()
+    mask = np.zeros((40, 60), np.uint8)
+    if kind == "half": path.write_bytes(good[:len(good) // 2])
+    elif kind == "text": path.write_text("no picture")
+    elif kind == "empty": path.write_bytes(b"")
+    elif kind == "rgb": Image.fromarray(picture(0)).save(path)
+    elif kind == "gray": Image.fromarray(mask).save(path)
+    elif kind == "jpeg": Image.fromarray(picture(0)).save(path, "JPEG")
+    elif kind == "chosen": Image.fromarray(picture(0)).convert("P", palette=Image.Palette.ADAPTIVE, colors=8).save(path)
+    elif kind == "small": save_mask(path, mask[:39])
+    elif kind == "void": save_mask(path, mask + 255)
+    elif kind == "class": save_mask(path, mask + 21)
+
+
+BAD = [("half", "cannot be read .*segment 2008_000002 again"), ("text", "cannot be read"), ("empty", "cannot be read"), ("rgb", "PNG of mode RGB and no PNG of mode P"), ("gray", "PNG of mode L"),
+       ("jpeg", "JPEG of mode RGB"), ("chosen", "palette of its own"), ("small", r"is \(39, 60\) and its image \(40, 60\)"), ("void", "holds 255"), ("class", "holds 21")]
+
+
+@pytest.mark.parametrize("kind, message", BAD)
+def test_bad_predictions_are_refused_in_folders_and_archives(voc, predictions, tmp_path, monkeypatch, kind, message):
+    monkeypatch.setattr(submit, "TEST_IMAGES", 2)
+    spoil(kind, predictions / f"{MORE[0]}.png")
+    say = refused(predictions=str(predictions), data=str(voc), out=str(tmp_path / "a.tgz"))
+    assert MORE[0] in say and re.search(message, say) and not list(tmp_path.glob("*a.tgz*"))
+    (tmp_path / "b.tgz").write_bytes(tar({f"{LAYOUT}{i}.png": (predictions / f"{i}.png").read_bytes() for i in MORE}))
+    assert refused(check=str(tmp_path / "b.tgz"), data=str(voc)) == say
+
+
+def test_bad_archives_and_arguments_are_refused(voc, predictions, tmp_path, monkeypatch):
+    monkeypatch.setattr(submit, "TEST_IMAGES", 2)
+    files = {f"{LAYOUT}{i}.png": (predictions / f"{i}.png").read_bytes() for i in MORE}
+    good, path = tar(files), tmp_path / "b.tgz"
+    check = lambda content, **k: (path.write_bytes(content), refused(check=str(path), **k))[1]
+    assert "holds results/evil: the server wants" in check(tar({**files, "results/evil": b""}))
+    assert "holds 2008_000002.png" in check(tar({k.split("/")[-1]: v for k, v in files.items()}))
+    assert "holds link" in check(tar(files, [("link", "../..")])) and "there twice" in check(two(files))
+    for damaged in (good[:len(good) // 2], b"", b"no archive", zipped(files)): assert "b.tgz cannot be read as a .tar.gz" in check(damaged)
+    assert "1 of 2 masks are missing (2008_000003)" in check(tar(dict([*files.items()][:1])), data=str(voc))
+    assert "1 masks are of no image of the list (x)" in check(tar({**files, f"{LAYOUT}x.png": files[f"{LAYOUT}{MORE[0]}.png"]}), data=str(voc))
+    assert "--check ARCHIVE" in refused() and "--check ARCHIVE" in refused(predictions="a", check="b") and "there is no archive" in refused(check="gone.tgz")
+    one = dict(predictions=str(predictions), out=str(tmp_path / "a.tgz"))
+    assert "there is no folder gone" in refused(predictions="gone") and "there is no folder gone" in refused(**one, data="gone") and "there is no list gone" in refused(**one, list="gone")
+    assert "no predictions <id>.png" in refused(predictions=str(voc)) and ".tar.gz or .tgz only" in refused(predictions=str(predictions), out="a.zip")
+    (voc / f"JPEGImages/{MORE[1]}.jpg").write_bytes(b"")
+    assert "cannot read 2008_000003.jpg in JPEGImages" in refused(**one, data=str(voc))
+    (voc / "ImageSets/Segmentation/test.txt").write_text(f"{MORE[0]}\n")
+    assert "test.txt has 1 ids and VOC's has 2: get it with diclip_data voc_test" in refused(**one, data=str(voc))
+    (voc / "ImageSets/Segmentation/test.txt").write_text(f"{MORE[0]}\n" * 2)
+    assert "names an image twice" in refused(**one, data=str(voc))
+    (voc / "ImageSets/Segmentation/test.txt").unlink()
+    assert "VOC's test list comes with diclip_data voc_test" in refused(**one, data=str(voc))
+    assert not (tmp_path / "a.tgz").exists()
+
+
+def two(files):
+    "A tar file with its first member twice."
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as t:
+        for name, content in [*files.items(), *files.items()]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            t.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def test_archives_made_by_tar_pass(predictions, voc, tmp_path, monkeypatch):
+    "As those who hand in by hand make them: tar czf results.tgz results, with its folders."
+    monkeypatch.setattr(submit, "TEST_IMAGES", 2)
+    (tmp_path / LAYOUT).mkdir(parents=True)
+    for i in MORE: (tmp_path / f"{LAYOUT}{i}.png").write_bytes((predictions / f"{i}.png").read_bytes())
+    with tarfile.open(tmp_path / "r.tgz", "w:gz") as t: t.add(tmp_path / "results", "results")
+    assert submit.check_results(tmp_path / "r.tgz", submit.wanted_masks(voc)) == 2
+
+
+def test_a_list_names_the_images_to_segment(voc):
+    from diclip.app.commands import image_files
+    tests = voc / "ImageSets/Segmentation/test.txt"
+    assert [f.name for f in image_files([tests])] == [f"{i}.jpg" for i in MORE]
+    (voc / f"JPEGImages/{MORE[0]}.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 images of test.txt are not in JPEGImages \(2008_000002\).*diclip_data voc_test"): image_files([tests])
+
+
+def test_every_command_is_registered_and_explains_itself():
+    from configparser import ConfigParser
+    from importlib import import_module
+    from pathlib import Path
+    from fastcore.script import anno_parser
+    ini = ConfigParser()
+    ini.read(Path(__file__).parent.parent / "settings.ini")
+    commands = dict(c.split("=") for c in ini["DEFAULT"]["console_scripts"].split())
+    assert "diclip_submit" in commands
+    for name, place in commands.items():
+        module, function = place.split(":")
+        assert anno_parser(getattr(import_module(module), function).__wrapped__, name).format_help().startswith("usage")
