@@ -1,5 +1,5 @@
-"Folders in the true formats of VOC, SBD and COCO, broken copies of them, the label index, the augmentation and the download."
-import hashlib, io, json, os, tarfile, threading, zipfile
+"Folders in the true formats of VOC, SBD and COCO, broken copies of them, the label index, the augmentation, the download, and the archive for VOC's server."
+import hashlib, io, json, os, re, tarfile, threading, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from diclip.app import submit
+from diclip.app.output import overlay_png, save_label
 from diclip.datasets import download
 from diclip.datasets.augment import FILL, View, augment, draw_view, apply_view, apply_view_to_mask
 from diclip.datasets.coco import COCO, open_dataset, paint_instances
@@ -428,24 +430,37 @@ def test_a_server_without_ranges_and_a_second_address(server, tmp_path):
 def test_a_wrong_hash_is_never_left_as_good(server, tmp_path):
     a = offer(server, "a.tar", BYTES)
     server.files["a.tar"] = BYTES[::-1]
-    with pytest.raises(ValueError, match=f"published {a.md5}.*a.tar.bad; delete that and call diclip_data again"): fetch(a, tmp_path, **QUICK)
+    with pytest.raises(ValueError, match=f"MD5 {hashlib.md5(BYTES[::-1]).hexdigest()} instead of the published {a.md5}, kept as a.tar.bad"): fetch(a, tmp_path, **QUICK)
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar.bad"]
     (tmp_path / "a.tar").write_bytes(b"put here by hand")
-    with pytest.raises(ValueError, match="a.tar.bad"): fetch(a, tmp_path, **QUICK)
+    with pytest.raises(ValueError, match=f"published {a.md5}.*a.tar.bad; delete that and call diclip_data again"): fetch(a, tmp_path, **QUICK)
     server.files["a.tar"] = BYTES
     assert fetch(a, tmp_path, **QUICK).read_bytes() == BYTES
 
 
 def test_no_network_says_what_to_put_where(server, tmp_path):
-    a = Archive(("http://127.0.0.1:9/VOC.tar",), 10, "0" * 32, {})
-    with pytest.raises(ValueError) as e: fetch(a, tmp_path, attempts=2, **QUICK)
-    assert f"get http://127.0.0.1:9/VOC.tar elsewhere, put it at {tmp_path / 'VOC.tar'} and call diclip_data again" in str(e.value)
+    a = Archive(("http://127.0.0.1:9/VOC.tar", "http://127.0.0.1:10/VOC.tar"), 10, "0" * 32, {}, note="a browser has it")
+    with pytest.raises(ValueError, match=r"cannot fetch VOC.tar from http://127.0.0.1:9/VOC.tar: .*; http://127.0.0.1:10/VOC.tar: .* with --from FILE \(a browser has it\)$"): fetch(a, tmp_path, attempts=2, **QUICK)
     gone = offer(server, "gone.tar", BYTES)
     del server.files["gone.tar"]
     with pytest.raises(ValueError, match="404"): fetch(gone, tmp_path, 1, **QUICK)
     server.files["gone.tar"] = b"<html>please log in</html>"
-    with pytest.raises(ValueError, match="offers 26 bytes instead of 5000"): fetch(gone, tmp_path, 1, **QUICK)
-    assert not list(tmp_path.glob("*.tar*"))
+    server.asked.clear()
+    with pytest.raises(ValueError, match="offers 26 bytes instead of 5000"): fetch(gone, tmp_path, **QUICK)
+    assert not list(tmp_path.glob("*.tar*")) and len(server.asked) == 1, "a firewall's page is not asked for five times"
+
+
+def test_a_mirror_serves_and_says_so(server, tmp_path, capsys):
+    first, second, third = (offer(server, f"{k}/a.tar", BYTES) for k in "xyz")
+    server.files["x/a.tar"], server.files["y/a.tar"] = b"blocked by a firewall", BYTES[:-1] + b"?"
+    sha = hashlib.sha256(BYTES).hexdigest()
+    a = Archive(("http://127.0.0.1:9/a.tar", *first.urls, *second.urls, *third.urls), first.size, first.md5, {}, sha256=sha)
+    assert fetch(a, tmp_path, **QUICK).read_bytes() == BYTES
+    served, silent = capsys.readouterr().out.splitlines()
+    assert served == f"a.tar: from {third.urls[0]}, with the published MD5 and SHA-256"
+    for why in (a.urls[0], "offers 21 bytes", f"{second.urls[0]}: MD5 {hashlib.md5(BYTES[:-1] + b'?').hexdigest()} instead of the published {a.md5} and SHA-256"): assert why in silent
+    other = Archive(third.urls, a.size, a.md5, {}, sha256="0" * 64)
+    with pytest.raises(ValueError, match=f"has SHA-256 {sha} instead of the published {'0' * 64}"): fetch(other, tmp_path, **QUICK)
 
 
 def tar(files, links=()):
@@ -529,12 +544,213 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     assert "'test': 3" in capsys.readouterr().out
 
 
+def test_data_from_files_on_the_disk(server, voc, tmp_path, monkeypatch):
+    make = lambda *names: tar({f"VOCdevkit/VOC2012/{k}": v for k, v in files_of(voc).items() if k.startswith(names)})
+    lists = "VOCdevkit/VOC2012/ImageSets/Segmentation/test.txt"
+    trainval, test = make("JPEGImages/2007", "Seg", "ImageSets/Segmentation/train"), make("JPEGImages/2008", "ImageSets/Segmentation/test")
+    monkeypatch.setitem(ARCHIVES, "voc", (offer(server, "voc.tar", trainval, {"VOCdevkit/VOC2012/JPEGImages": 3}),))
+    monkeypatch.setitem(ARCHIVES, "voc_test", (offer(server, "test.tar", test, {lists: 2}),))
+    root, disk = tmp_path / "data", tmp_path / "disk"
+    disk.mkdir()
+    for name, content in (("mine.tar", trainval), ("test.tar", test), ("half.tar", test[:99])): (disk / name).write_bytes(content)
+    run = lambda name, *files, **k: download.diclip_data(name, str(root), from_file=[str(disk / f) for f in files], **k)
+    run("voc", "mine.tar")
+    with pytest.raises(ValueError, match="test.txt has 0 of 2 files"): verify_data("voc_test", root, progress=False)
+    run("voc_test", "test.tar")
+    verify_data("voc_test", root, progress=False)
+    assert not server.asked and VOC(root / "VOCdevkit/VOC2012", "test", masks=None).ids == MORE and len(list(disk.iterdir())) == 3
+    (root / f"VOCdevkit/VOC2012/JPEGImages/{MORE[1]}.jpg").unlink()
+    assert missing_files(ARCHIVES["voc_test"][0], root) == {lists: (1, 2)}, "one test image is missing, although the folder holds more files than the list"
+    a = ARCHIVES["voc_test"][0]
+    for message, files in ((f"half.tar has MD5 {hashlib.md5(test[:99]).hexdigest()} instead of the published {a.md5}: .*get a fresh copy", ["half.tar"]),
+                           (r"is a folder: give the archive itself \(test.tar\)", [""]), ("no such file", ["gone.tar"])):
+        with pytest.raises(SystemExit, match=message): run("voc_test", *files)
+    with pytest.raises(SystemExit, match="leave out --from"): run("voc", "mine.tar", verify=True)
+    with pytest.raises(SystemExit, match="mini has no archives"): run("mini", "mine.tar")
+    assert len(list(disk.iterdir())) == 3 and not server.asked
+
+
+def test_one_of_several_archives_from_the_disk(server, tmp_path, monkeypatch):
+    parts = {f"{k}.zip": zipped({f"{k}/{i}.jpg": b"x" * j for i in range(2)}) for j, k in enumerate(("train2014", "val2014"), 1)}
+    monkeypatch.setitem(ARCHIVES, "coco", tuple(offer(server, n, c, {f"coco/{n[:-4]}": 2}, "coco") for n, c in parts.items()))
+    (tmp_path / "download (1)").write_bytes(parts["val2014.zip"])
+    (tmp_path / "other.zip").write_bytes(b"x")
+    with pytest.raises(ValueError, match="other.zip is none of train2014.zip, val2014.zip"): get_data("coco", tmp_path / "d", files=[tmp_path / "other.zip"], **QUICK)
+    get_data("coco", tmp_path / "d", files=[tmp_path / "download (1)"], **QUICK)
+    assert len(server.asked) == 1 and sorted(p.name for p in (tmp_path / "d").iterdir()) == ["coco", "train2014.zip"]
+
+
+def test_the_option_is_called_from():
+    from fastcore.script import anno_parser
+    parser = anno_parser(download.diclip_data.__wrapped__)
+    assert parser.parse_args(["voc_test", "--from", "a.tar"]).from_file == ["a.tar"] and parser.parse_args(["voc"]).from_file is None
+    assert "wants a login" in " ".join(parser.format_help().split())
+
+
 def test_published_hashes():
     known = {a.name: a for archives in ARCHIVES.values() for a in archives}
-    assert len(known) == 5 and all(len(a.md5) == 32 and set(a.md5) <= set("0123456789abcdef") and a.size > 1e8 and a.holds for a in known.values())
+    assert len({h for a in known.values() for h in a.hashes.values()}) == 11 and [a.name for a in known.values() if not a.sha256] == ["benchmark.tgz"]
+    assert all(set(a.sha256) <= set("0123456789abcdef") and len(a.sha256) in (0, 64) for a in known.values())
+    assert [u.split("/")[2].endswith("ox.ac.uk") for u in known["VOCtrainval_11-May-2012.tar"].urls] == [True] * 2 + [False] * 3
+    assert len(known) == 6 and all(len(a.md5) == 32 and set(a.md5) <= set("0123456789abcdef") and a.size > 1e8 and a.holds for a in known.values())
     assert all(u.rsplit("/", 1)[-1] == a.name for a in known.values() for u in a.urls)
     try: from torchvision.datasets.voc import DATASET_YEAR_DICT
     except ImportError: return
     assert known["VOCtrainval_11-May-2012.tar"].md5 == DATASET_YEAR_DICT["2012"]["md5"]
     from torchvision.datasets import SBDataset
     assert known["benchmark.tgz"].md5 == SBDataset.md5
+
+
+# ---- the archive for VOC's server --------------------------------------------------------------------------------------------------------
+
+LAYOUT = "results/VOC2012/Segmentation/comp6_test_cls/"
+
+
+@pytest.fixture
+def predictions(voc, tmp_path):
+    "What diclip_segment leaves for the two test images."
+    for k, name in enumerate(MORE):
+        mask = np.zeros((40, 60), np.uint8)
+        mask[5:20, 5:20] = 20 - k
+        save_label(mask, tmp_path / f"out/{name}.png")
+        overlay_png(picture(k), mask, tmp_path / f"out/{name}_overlay.png")
+    return tmp_path / "out"
+
+
+def members(path):
+    with tarfile.open(path, "r:gz") as t: return {m.name: t.extractfile(m).read() for m in t}
+
+
+def refused(**arguments):
+    with pytest.raises(SystemExit) as e: submit.diclip_submit(**arguments)
+    assert "\n" not in str(e.value) and str(e.value).startswith("diclip_submit: ")
+    return str(e.value)
+
+
+def test_submit_writes_what_the_server_takes(voc, predictions, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(submit, "TEST_IMAGES", 2)
+    a, b = tmp_path / "a.tgz", tmp_path / "b.tar.gz"
+    submit.diclip_submit(str(predictions), data=str(voc), out=str(a))
+    files = members(a)
+    assert list(files) == [f"{LAYOUT}{i}.png" for i in MORE], "the two of the list, sorted, and no overlay"
+    for i in MORE:
+        with Image.open(io.BytesIO(files[f"{LAYOUT}{i}.png"])) as im:
+            assert im.mode == "P" and im.size == (60, 40) and (np.asarray(im) == np.asarray(Image.open(predictions / f"{i}.png"))).all()
+    for f in predictions.iterdir(): os.utime(f, (1, 1))
+    submit.diclip_submit(str(predictions), out=str(b))
+    assert a.read_bytes() == b.read_bytes(), "other times, another name, no list: the same bytes"
+    for arguments in (dict(), dict(data=str(voc)), dict(list=str(voc / "ImageSets/Segmentation/test.txt"))): submit.diclip_submit(check=str(a), **arguments)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 5 and "2 masks" in out[0] and "sizes as the images'" in out[0] and "ids not compared" in out[1] and "sizes not compared" in out[4]
+
+
+def test_submit_wants_all_1456_and_no_others(tmp_path):
+    names = [f"2008_{i:06d}" for i in range(1456)]
+    (tmp_path / "out").mkdir()
+    for i in names: save_mask(tmp_path / f"out/{i}.png", np.full((1, 1), 3, np.uint8))
+    (tmp_path / "list.txt").write_text("\r\n".join(names))
+    submit.diclip_submit(str(tmp_path / "out"), list=str(tmp_path / "list.txt"), out=str(tmp_path / "a.tgz"))
+    submit.diclip_submit(check=str(tmp_path / "a.tgz"))
+    for i in names[3:8]: (tmp_path / f"out/{i}.png").unlink()
+    assert "5 of 1456 masks are missing (2008_000003, 2008_000004, 2008_000005...)" in refused(predictions=str(tmp_path / "out"), list=str(tmp_path / "list.txt"), out=str(tmp_path / "b.tgz"))
+    assert "1451 masks, and VOC's test list has 1,456" in refused(predictions=str(tmp_path / "out"), out=str(tmp_path / "b.tgz"))
+    (tmp_path / "short.txt").write_text("\n".join(names[:3]))
+    assert "1448 masks are of no image of the list (2008_000008" in refused(predictions=str(tmp_path / "out"), list=str(tmp_path / "short.txt"), out=str(tmp_path / "b.tgz"))
+    assert not (tmp_path / "b.tgz").exists()
+
+
+def spoil(kind, path):
+    good = path.read_bytes()
+    mask = np.zeros((40, 60), np.uint8)
+    if kind == "half": path.write_bytes(good[:len(good) // 2])
+    elif kind == "text": path.write_text("no picture")
+    elif kind == "empty": path.write_bytes(b"")
+    elif kind == "rgb": Image.fromarray(picture(0)).save(path)
+    elif kind == "gray": Image.fromarray(mask).save(path)
+    elif kind == "jpeg": Image.fromarray(picture(0)).save(path, "JPEG")
+    elif kind == "chosen": Image.fromarray(picture(0)).convert("P", palette=Image.Palette.ADAPTIVE, colors=8).save(path)
+    elif kind == "small": save_mask(path, mask[:39])
+    elif kind == "void": save_mask(path, mask + 255)
+    elif kind == "class": save_mask(path, mask + 21)
+
+
+BAD = [("half", "cannot be read .*segment 2008_000002 again"), ("text", "cannot be read"), ("empty", "cannot be read"), ("rgb", "PNG of mode RGB and no PNG of mode P"), ("gray", "PNG of mode L"),
+       ("jpeg", "JPEG of mode RGB"), ("chosen", "palette of its own"), ("small", r"is \(39, 60\) and its image \(40, 60\)"), ("void", "holds 255"), ("class", "holds 21")]
+
+
+@pytest.mark.parametrize("kind, message", BAD)
+def test_bad_predictions_are_refused_in_folders_and_archives(voc, predictions, tmp_path, monkeypatch, kind, message):
+    monkeypatch.setattr(submit, "TEST_IMAGES", 2)
+    spoil(kind, predictions / f"{MORE[0]}.png")
+    say = refused(predictions=str(predictions), data=str(voc), out=str(tmp_path / "a.tgz"))
+    assert MORE[0] in say and re.search(message, say) and not list(tmp_path.glob("*a.tgz*"))
+    (tmp_path / "b.tgz").write_bytes(tar({f"{LAYOUT}{i}.png": (predictions / f"{i}.png").read_bytes() for i in MORE}))
+    assert refused(check=str(tmp_path / "b.tgz"), data=str(voc)) == say
+
+
+def test_bad_archives_and_arguments_are_refused(voc, predictions, tmp_path, monkeypatch):
+    monkeypatch.setattr(submit, "TEST_IMAGES", 2)
+    files = {f"{LAYOUT}{i}.png": (predictions / f"{i}.png").read_bytes() for i in MORE}
+    good, path = tar(files), tmp_path / "b.tgz"
+    check = lambda content, **k: (path.write_bytes(content), refused(check=str(path), **k))[1]
+    assert "holds results/evil: the server wants" in check(tar({**files, "results/evil": b""}))
+    assert "holds 2008_000002.png" in check(tar({k.split("/")[-1]: v for k, v in files.items()}))
+    assert "holds link" in check(tar(files, [("link", "../..")])) and "there twice" in check(two(files))
+    for damaged in (good[:len(good) // 2], b"", b"no archive", zipped(files)): assert "b.tgz cannot be read as a .tar.gz" in check(damaged)
+    assert "1 of 2 masks are missing (2008_000003)" in check(tar(dict([*files.items()][:1])), data=str(voc))
+    assert "1 masks are of no image of the list (x)" in check(tar({**files, f"{LAYOUT}x.png": files[f"{LAYOUT}{MORE[0]}.png"]}), data=str(voc))
+    assert "--check ARCHIVE" in refused() and "--check ARCHIVE" in refused(predictions="a", check="b") and "there is no archive" in refused(check="gone.tgz")
+    one = dict(predictions=str(predictions), out=str(tmp_path / "a.tgz"))
+    assert "there is no folder gone" in refused(predictions="gone") and "there is no folder gone" in refused(**one, data="gone") and "there is no list gone" in refused(**one, list="gone")
+    assert "no predictions <id>.png" in refused(predictions=str(voc)) and ".tar.gz or .tgz only" in refused(predictions=str(predictions), out="a.zip")
+    (voc / f"JPEGImages/{MORE[1]}.jpg").write_bytes(b"")
+    assert "cannot read 2008_000003.jpg in JPEGImages" in refused(**one, data=str(voc))
+    (voc / "ImageSets/Segmentation/test.txt").write_text(f"{MORE[0]}\n")
+    assert "test.txt has 1 ids and VOC's has 2: get it with diclip_data voc_test" in refused(**one, data=str(voc))
+    (voc / "ImageSets/Segmentation/test.txt").write_text(f"{MORE[0]}\n" * 2)
+    assert "names an image twice" in refused(**one, data=str(voc))
+    (voc / "ImageSets/Segmentation/test.txt").unlink()
+    assert "VOC's test list comes with diclip_data voc_test" in refused(**one, data=str(voc))
+    assert not (tmp_path / "a.tgz").exists()
+
+
+def two(files):
+    "A tar file with its first member twice."
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as t:
+        for name, content in [*files.items(), *files.items()]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            t.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def test_archives_made_by_tar_pass(predictions, voc, tmp_path, monkeypatch):
+    "As those who hand in by hand make them: tar czf results.tgz results, with its folders."
+    monkeypatch.setattr(submit, "TEST_IMAGES", 2)
+    (tmp_path / LAYOUT).mkdir(parents=True)
+    for i in MORE: (tmp_path / f"{LAYOUT}{i}.png").write_bytes((predictions / f"{i}.png").read_bytes())
+    with tarfile.open(tmp_path / "r.tgz", "w:gz") as t: t.add(tmp_path / "results", "results")
+    assert submit.check_results(tmp_path / "r.tgz", submit.wanted_masks(voc)) == 2
+
+
+def test_a_list_names_the_images_to_segment(voc):
+    from diclip.app.commands import image_files
+    tests = voc / "ImageSets/Segmentation/test.txt"
+    assert [f.name for f in image_files([tests])] == [f"{i}.jpg" for i in MORE]
+    (voc / f"JPEGImages/{MORE[0]}.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 images of test.txt are not in JPEGImages \(2008_000002\).*diclip_data voc_test"): image_files([tests])
+
+
+def test_every_command_is_registered_and_explains_itself():
+    from configparser import ConfigParser
+    from importlib import import_module
+    from pathlib import Path
+    from fastcore.script import anno_parser
+    ini = ConfigParser()
+    ini.read(Path(__file__).parent.parent / "settings.ini")
+    commands = dict(c.split("=") for c in ini["DEFAULT"]["console_scripts"].split())
+    assert "diclip_submit" in commands
+    for name, place in commands.items():
+        module, function = place.split(":")
+        assert anno_parser(getattr(import_module(module), function).__wrapped__, name).format_help().startswith("usage")

@@ -17,7 +17,8 @@ from diclip.crf import crf_all, dense_crf
 from diclip.data import MiniWorld, palette
 from diclip.head import ConvHead, TransformerHead, raw_tokens
 from diclip.infer import head_logits, multi_scale_cams, segment_scores, views
-from diclip.app.output import FOLDER, overlay_png, predict, replacing, save_label, submission
+from diclip.app.output import overlay_png, predict, replacing, save_label
+from diclip.app.submit import FOLDER, submission
 
 quick = settings(deadline=None, max_examples=15)
 few = settings(deadline=None, max_examples=6)
@@ -320,7 +321,7 @@ def test_submission_has_the_servers_layout_and_is_reproducible(tmp_path):
     ([("a", MASK + 1)], None, "holds 21"),
     ([("a", MASK.astype(int) - 1)], None, "from -1"),
     ([("a", MASK)], {"a": (2, 3)}, "resize the scores"),
-    ([("a", MASK)], {"a": (2, 2), "b": (2, 2)}, "1 masks are missing"),
+    ([("a", MASK)], {"a": (2, 2), "b": (2, 2)}, "1 of 2 masks are missing"),
     ([("b", MASK)], {"a": (2, 2)}, "no image of the list"),
     ([("a", MASK), ("a", MASK)], None, "twice"),
     ([("../a", MASK)], None, "no file name"),

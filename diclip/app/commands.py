@@ -13,15 +13,16 @@ from fastcore.script import Param, call_parse
 
 # %% ../../nbs/6_use/64_commands.ipynb #15371424
 def image_files(paths) -> list:
-    """Image files among files and folders.
-    Raises ValueError for a path that is not there or a folder without images."""
+    """Image files among files, folders, and lists (.txt) of a folder in VOC's format.
+    Raises ValueError for a path that is not there, a folder without images or a list of missing ones."""
     from diclip.app.output import list_images
+    from diclip.app.submit import listed_images
 
     out = []
     for p in map(Path, paths):
         if not p.exists():
             raise ValueError(f"no file or folder {p}: check the path")
-        out += list_images(p) if p.is_dir() else [p]
+        out += list_images(p) if p.is_dir() else listed_images(p) if p.suffix == ".txt" else [p]
     return out
 
 
@@ -162,17 +163,18 @@ def diclip_train(
 # %% ../../nbs/6_use/64_commands.ipynb #e285436e
 @call_parse
 def diclip_segment(
-    images: Param("image files or folders", str, nargs="+"),
+    images: Param("image files, folders, or a list in VOC's folder (test.txt)", str, nargs="+"),
     model: str = "runs/train/model",  # folder that diclip_train wrote
     out: str = "runs/segmentations",  # folder for <image>.png (ids, VOC's palette), <image>_overlay.png
-    archive: str = "",  # also write VOC's submission archive, e.g. results.tar.gz
+    archive: str = "",  # also write VOC's submission archive, e.g. results.tar.gz; diclip_submit checks more
     one_scale: bool = False,  # no other scales, no mirroring
     crf: bool = False,  # DenseCRF on the result
     skip_damaged: bool = False,  # report damaged files at the end instead of stopping at the first
     device: str = "cpu",  # "cpu" or "cuda"
 ):
     "Segment image files; labels are not given"
-    from diclip.app.output import overlay_png, predict, save_label, submission
+    from diclip.app.output import overlay_png, predict, save_label
+    from diclip.app.submit import submission
     from diclip.model import DiCLIP
 
     how, found = dict(scales=(1.0,), flip=False) if one_scale else {}, []
