@@ -154,6 +154,31 @@ def _check_numbers(grid, timestep, draws, chunk, most, count):
     if draws < 1 or most < 1 or (chunk is not None and chunk < 1):
         raise ValueError(f"draws ({draws}), chunk ({chunk}) and most ({most}) must be at least 1.")
 
+# %% ../nbs/3_vce/32_sd.ipynb #5a3b0006
+def _batch(pixels, most):
+    "How many latents of that many pixels go into one pass."
+    return max(1, most // pixels)
+
+
+@patch
+@torch.no_grad()
+def latent_attention(
+    self: StableDiffusion,
+    latents: Tensor,  # (B, channels, h, w) scaled latents
+    grid,  # (h, w) of the patches wanted
+    timestep=100,  # as the next ones in `attention`
+    seed=0,
+    draws=1,
+    layers=None,
+    most=25_600,
+) -> Tensor:  # (B, N, N) float32, rows sum to 1
+    "`decoder_attention` of noisy copies of latents, mean over noises; several share a pass."
+    noises = draw_noise(latents.shape[1:], seed, draws)
+    noisy = torch.stack([self.add_noise(latents, timestep, e) for e in noises], 1).flatten(0, 1)
+    parts = noisy.split(_batch(latents[0, 0].numel(), most))
+    looks = torch.cat([self.decoder_attention(part, timestep, grid, layers) for part in parts])
+    return looks.unflatten(0, (len(latents), draws)).mean(1)
+
 # %% ../nbs/3_vce/32_sd.ipynb #ff09952f
 @patch
 @torch.no_grad()
@@ -172,14 +197,9 @@ def attention(
     Raises ValueError for bad input, or where half precision overflowed."""
     check_images(images, self.factor)
     _check_numbers(grid, timestep, draws, chunk, most, self.pipe.scheduler.config.num_train_timesteps)
-    maps, timestep = [], int(timestep)
-    batch = max(1, most * self.factor**2 // (images.shape[2] * images.shape[3]))
-    for part in images.split(chunk or batch):
-        z = self.encode(part)
-        noises = draw_noise(z.shape[1:], seed, draws)
-        noisy = torch.stack([self.add_noise(z, timestep, e) for e in noises], 1).flatten(0, 1)
-        looks = [self.decoder_attention(n, timestep, grid, layers) for n in noisy.split(batch)]
-        maps.append(torch.cat(looks).unflatten(0, (len(part), draws)).mean(1))
+    batch = chunk or _batch(images.shape[2] * images.shape[3] // self.factor**2, most)
+    how = (grid, int(timestep), seed, draws, layers, most)
+    maps = [self.latent_attention(self.encode(part), *how) for part in images.split(batch)]
     A = torch.cat(maps).to(images.device)
     check_finite(
         A, f"the attention, computed in {self.dtype}, holds", "load the model in bfloat16 or float32."
