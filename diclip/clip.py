@@ -270,9 +270,7 @@ def dense(
     h, grid = embed_image(self.visual, self.normalize(images))
     first = self.depth - (1 if readout == "last" else max(layers, readout == "progressive"))
     runs_on = edit is not None and readout in ("inplace", "progressive")
-    shared = (
-        first if raw and runs_on else self.depth
-    )  # layers whose tokens are plain CLIP's, if that is wanted
+    shared = first if raw and runs_on else self.depth  # of which `keep` takes this path's
     visible = "attention" in keep
     start = h
     outputs = []
@@ -288,9 +286,8 @@ def dense(
     if keep:
         kept += self.plain_layers(start, shared, visible)
     z = READOUTS[readout](h, start, outputs)
-    maps, tokens = [
-        [k[j] for k in kept] if name in keep else [] for j, name in enumerate(("attention", "tokens"))
-    ]
+    maps = [A for A, _ in kept] if visible else []
+    tokens = [t for _, t in kept] if "tokens" in keep else []
     return DenseOutput(self.project(z[:, 1:]), self.project(h[:, 0]), grid, maps, tokens)
 
 # %% ../nbs/2_clip/21_clip.ipynb #98800abc

@@ -101,7 +101,7 @@ def sd_images(
     profile,  # `Profile`: crop and sd_crop
     factor: int = 8,  # what both sides of the result are multiples of: the VAE's factor
 ) -> Tensor:  # (B, 3, H', W') in [0, 1]; the very images where sd_crop is None, 0 or the crop
-    "The images at the diffusion model's own size: sd_crop for an image of the crop's size, others in proportion."
+    "The images at the diffusion model's own size: sd_crop for the crop, other sizes in proportion."
     if not profile.sd_crop or profile.sd_crop == profile.crop:
         return images
     check_images(images)
@@ -126,7 +126,7 @@ def diffusion_attention(
         **{"draws": profile.sd_draws, **how},
     )
 
-
+# %% ../nbs/3_vce/34_vce.ipynb #34a00004
 def profile_output(
     clip,  # `DenseCLIP`
     images: Tensor,  # (B, 3, H, W) in [0, 1]
@@ -156,7 +156,7 @@ def vce_output(
     profile,  # `Profile`
     keep=(),  # "tokens", "attention": what to keep of plain CLIP, as in `DenseCLIP.dense` with raw=True
 ) -> DenseOutput:  # patches (B, N, d), L2-normalized; what `keep` names
-    "Features of the VCE encoder, eq. (3)-(7), with a profile's settings, and plain CLIP beside them in one pass"
+    "Features of the VCE encoder, eq. (3)-(7), with a profile's settings; plain CLIP's from the same pass"
     if sd is None:
         return clip.dense(images, keep=keep)
     A = diffusion_attention(sd, images, tuple(s // clip.patch for s in images.shape[-2:]), profile)

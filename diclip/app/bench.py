@@ -174,7 +174,7 @@ def random_batch(profile, clip, images: int, device="cpu") -> SimpleNamespace:
     values = cache_values(keys[: len(index)], text, index, behind).clamp_min(0)
     return SimpleNamespace(x=x, labels=labels, text=text, cache=Cache(keys, values, p.classes))
 
-
+# %% ../../nbs/6_use/65_speed.ipynb #65a00038
 def frozen_stages(
     clip,  # `DenseCLIP`
     sd,  # `StableDiffusion`
