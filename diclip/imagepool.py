@@ -51,7 +51,8 @@ def _open_pool(folder, settings):
     path = folder / "pool.json"
     if path.exists():
         old = json.loads(path.read_text())
-        changed = [k for k, v in settings.items() if k != "words" and old.get(k) != v]
+        known = {"sampler": "ddim", **old}  # pools from before there was a choice
+        changed = [k for k, v in settings.items() if k != "words" and known.get(k) != v]
         changed += [f"word for {c}" for c, w in settings["words"].items() if old["words"].get(c, w) != w]
         if changed:
             raise ValueError(
@@ -79,6 +80,7 @@ def generate_pool(
     size=None,  # as in `generate`
     batch=8,  # images drawn at a time
     progress=True,  # show a bar over images
+    sampler="ddim",  # as in `generate`
 ) -> dict:  # {class: [path, ...]}
     """Draw `per_class` images of every class (D.1), but those that are there.
     Raises ValueError for a pool made in another way."""
@@ -92,6 +94,7 @@ def generate_pool(
         dict(
             model=sd.fingerprint,
             prompt=prompt,
+            sampler=sampler,
             steps=steps,
             guidance=guidance,
             size=list(size),
@@ -106,7 +109,7 @@ def generate_pool(
             prompts, seeds = [prompt.replace("{category}", words[c]) for c, _ in part], [
                 image_seed(seed, *key) for key in part
             ]
-            drawn = sd.generate(prompts, seeds, steps=steps, guidance=guidance, size=size)
+            drawn = sd.generate(prompts, seeds, steps=steps, guidance=guidance, size=size, sampler=sampler)
             for key, x in zip(part, drawn):
                 write_atomic(paths[key], lambda p: Image.fromarray(x).save(p, "PNG"))
             bar.update(len(part))
@@ -167,7 +170,8 @@ def profile_pool(
 
     shipped = Path(diclip.__file__).parent / "pool" / profile.name
     record = json.loads((shipped / "pool.json").read_text()) if (shipped / "pool.json").is_file() else {}
-    if not remake and record.get("model") == sd.fingerprint and record["prompt"] == profile.prompt:
+    same = record.get("model") == sd.fingerprint and record["prompt"] == profile.prompt
+    if same and not remake and record.get("sampler", "ddim") == profile.sampler:
         return shipped
     generate_pool(
         sd,
@@ -175,6 +179,7 @@ def profile_pool(
         folder,
         profile.prompt,
         per_class=profile.images_per_class,
+        sampler=profile.sampler,
         steps=profile.steps,
         guidance=profile.guidance,
         size=profile.size,

@@ -399,3 +399,10 @@ def test_masks_can_be_refined_before_they_are_cut():
     assert torch.equal(same, object_masks(x, text, .5))
     flipped = object_masks(x, text, .5, par=lambda images, maps: maps.flip(-1), images=torch.zeros(2, 3, 4, 4), grid=grid)
     assert torch.equal(flipped.view(2, 4, 4), same.view(2, 4, 4).flip(-1))
+
+
+def test_every_setting_of_vce_is_part_of_a_caches_origin():
+    from dataclasses import fields
+    from diclip.cache import _RECIPE
+    from diclip.config import VceSettings
+    assert {f.name for f in fields(VceSettings)} | {"crop", "sd_crop"} <= set(_RECIPE)

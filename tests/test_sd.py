@@ -209,6 +209,35 @@ def test_an_image_does_not_depend_on_its_batch(mini):
     torch.testing.assert_close(mini.attention(x.flip(0), (12, 12), draws=2), A.flip(0), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mini", "sd21"])
+@pytest.mark.parametrize("most, passes", [(25_600, [6]), (3 * 12 * 20, [3, 3]), (1, [1] * 6)])
+@torch.no_grad()
+def test_draws_share_a_pass(name, most, passes, request):
+    """The mean over single passes, one a noise; batches of the UNet stay below the cap."""
+    sd, x, sizes = request.getfixturevalue(name), pictures(2, 96, 160), []
+    spy = sd.pipe.unet.register_forward_pre_hook(lambda m, a: sizes.append(len(a[0])))
+    A = sd.attention(x, (6, 10), seed=3, draws=3, most=most, chunk=2)
+    B = sd.attention(x, (6, 10), seed=3, draws=3, most=most)
+    spy.remove()
+    assert sizes[:len(passes)] == passes and max(sizes) * 12 * 20 <= max(most, 12 * 20)
+    z, g = sd.encode(x), torch.Generator().manual_seed(3)
+    looks = [sd.decoder_attention(sd.add_noise(z, 100, torch.randn(z.shape[1:], generator=g)), 100, (6, 10)) for _ in range(3)]
+    torch.testing.assert_close(A, torch.stack(looks).mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(B, A, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_unet_and_the_vae_use_the_fused_kernel(sd21):
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+    unet, vae = sd21.pipe.unet, sd21.pipe.vae
+    assert {type(p) for net in (unet, vae) for p in net.attn_processors.values()} == {AttnProcessor2_0}
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    fused = unet(z, 100, sd21.null_prompt).sample
+    unet.set_attn_processor(AttnProcessor())
+    try: torch.testing.assert_close(unet(z, 100, sd21.null_prompt).sample, fused, atol=1e-5, rtol=1e-4)
+    finally: unet.set_attn_processor(AttnProcessor2_0())
+
+
 def test_seeds_draws_and_timesteps(mini):
     x = pictures(1)
     A = mini.attention(x, (12, 12), seed=1)
@@ -249,7 +278,7 @@ def nan(x): return torch.where(torch.arange(x.numel()).reshape(x.shape) == 5, to
     (dict(images=pictures(1).permute(0, 2, 3, 1)), "B, 3, H, W"), (dict(images=pictures(1).numpy()), "tensor"), (dict(images=pictures(1, 90)), "multiple of 8"),
     (dict(timestep=1000), "0 to 999"), (dict(timestep=-1), "0 to 999"), (dict(timestep=1.5), "integer"),
     (dict(layers=[4]), "layers 0 to 3"), (dict(layers=[-1]), "layers 0 to 3"), (dict(layers=[]), "at least one"), (dict(layers=["up"]), "layers 0 to 3"),
-    (dict(grid=(12,)), "grid"), (dict(grid=(0, 12)), "grid"), (dict(draws=0), "at least 1"), (dict(chunk=0), "at least 1")])
+    (dict(grid=(12,)), "grid"), (dict(grid=(0, 12)), "grid"), (dict(draws=0), "at least 1"), (dict(chunk=0), "at least 1"), (dict(most=0), "at least 1")])
 def test_bad_input_is_refused_in_one_sentence(mini, change, message):
     with pytest.raises(ValueError, match=message) as e: mini.attention(**{**dict(images=pictures(1), grid=(12, 12)), **change})
     assert "\n" not in str(e.value) and hooks(mini.pipe.unet) == 0
@@ -288,6 +317,19 @@ def test_generation_keeps_prediction_type_and_other_sizes(mini):
     assert mini.picture_size() == (SIZE, SIZE)
 
 
+def test_the_two_samplers_solve_the_same_equation(mini):
+    """Apart with few steps, nearer with many; the scheduler is DDIM again afterwards, the attention as before."""
+    draw = lambda steps, sampler: mini.generate(["a boat"], [5], steps, 2., size=64, sampler=sampler).astype(int)
+    before = mini.attention(pictures(1), (12, 12))
+    few, many = (abs(draw(n, "ddim") - draw(n, "dpm++")).mean() for n in (3, 30))
+    assert many < few and (draw(3, "dpm++") != draw(3, "ddim")).any() and (draw(3, "dpm++") == draw(3, "dpm++")).all()
+    assert type(mini.pipe.scheduler).__name__ == "DDIMScheduler" and torch.equal(mini.attention(pictures(1), (12, 12)), before)
+    with pytest.raises(ValueError, match="ddim, dpm"): draw(3, "euler")
+    with pytest.raises(RuntimeError, match="mine"):
+        with mini.sampling("dpm++"): raise RuntimeError("mine")
+    assert type(mini.pipe.scheduler).__name__ == "DDIMScheduler"
+
+
 @pytest.mark.parametrize("kw,message", [(dict(seeds=[1, 2]), "one seed"), (dict(prompts=[], seeds=[]), "at least one"), (dict(prompts="a"), "list of prompts"),
                                         (dict(steps=0), "steps"), (dict(steps=1000), "steps"), (dict(size=60), "multiples of 8"),
                                         (dict(prompts=["a b c d e " * 20]), "would be cut at 77")])
@@ -302,7 +344,7 @@ class Painter:
 
     def picture_size(self, size=None): return (16, 24) if size is None else size
 
-    def generate(self, prompts, seeds, steps, guidance, size):
+    def generate(self, prompts, seeds, steps, guidance, size, sampler):
         if self.stop_after is not None and self.drawn >= self.stop_after: raise KeyboardInterrupt
         self.drawn += len(seeds)
         return np.stack([np.random.default_rng([s, len(p)]).integers(0, 256, (*size, 3), dtype=np.uint8) for p, s in zip(prompts, seeds)])
@@ -366,6 +408,32 @@ def test_pools_grow_and_refuse(tmp_path):
         with pytest.raises(ValueError): pool(painter, folder, bad)
     (folder / "pool.json").unlink()
     with pytest.raises(ValueError, match="nobody knows"): pool(painter, folder)
+
+
+def test_two_samplers_are_never_in_one_pool(tmp_path):
+    painter, note = Painter(), tmp_path / "p/pool.json"
+    pool(painter, tmp_path / "p")
+    assert json.loads(note.read_text())["sampler"] == "ddim"
+    with pytest.raises(ValueError, match="another sampler"): pool(painter, tmp_path / "p", sampler="dpm++")
+    old = json.loads(note.read_text())
+    del old["sampler"]
+    note.write_text(json.dumps(old))  # a pool from before there was a choice
+    with pytest.raises(ValueError, match="another sampler"): pool(painter, tmp_path / "p", sampler="dpm++")
+    pool(painter, tmp_path / "p", per_class=6)
+    assert painter.drawn == 12 and json.loads(note.read_text())["sampler"] == "ddim"
+    pool(painter, tmp_path / "q", sampler="dpm++")
+    assert json.loads((tmp_path / "q/pool.json").read_text())["sampler"] == "dpm++"
+    with pytest.raises(ValueError, match="another sampler"): pool(painter, tmp_path / "q")
+
+
+def test_the_shipped_pool_belongs_to_its_sampler(tmp_path):
+    from diclip.imagepool import profile_pool
+    painter, p = Painter(), profile("mini", images_per_class=1, size=(16, 24))
+    import diclip
+    from pathlib import Path
+    painter.fingerprint = json.loads((Path(diclip.__file__).parent / "pool/mini/pool.json").read_text())["model"]
+    assert profile_pool(painter, p, tmp_path / "p", progress=False).name == "mini" and painter.drawn == 0
+    assert profile_pool(painter, replace(p, sampler="dpm++"), tmp_path / "p", progress=False) == tmp_path / "p" and painter.drawn == 8
 
 
 @settings(deadline=None, max_examples=25)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from diclip.vce import FUSIONS, enhanced_features, fuse_attention
+from diclip.config import profile
+from diclip.vce import FUSIONS, diffusion_attention, enhanced_features, fuse_attention, refine
 
 quick = settings(deadline=None, max_examples=25)
 seeds, sizes, modes = st.integers(0, 10_000), st.integers(1, 9), st.sampled_from(sorted(FUSIONS))
@@ -119,10 +120,65 @@ def test_real_layers(tiny, readout):
     plain = enhanced_features(tiny, images, S, alpha=0., readout=readout)
     assert plain.shape == (2, 16, 16)
     torch.testing.assert_close(plain.norm(dim=-1), torch.ones(2, 16))
-    torch.testing.assert_close(plain, tiny.dense(images, layers=3, readout=readout).patches)
+    torch.testing.assert_close(plain, tiny.dense(images, layers=3, readout=readout).patches, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain, enhanced_features(tiny, images, S, alpha=2., readout=readout))
 
 
 def test_alpha_zero_in_place_is_clip(tiny):
     images, S = torch.rand(2, 3, 32, 32), torch.rand(2, 16, 16).softmax(-1)
-    assert torch.equal(enhanced_features(tiny, images, S, alpha=0., readout="inplace"), tiny.dense(images).patches)
+    torch.testing.assert_close(enhanced_features(tiny, images, S, alpha=0., readout="inplace"), tiny.dense(images).patches, atol=1e-5, rtol=1e-4)
+
+
+class Watcher:
+    """A stand-in for the diffusion model that shows what it was asked."""
+    def __init__(self, factor=8): self.factor = factor
+    def attention(self, images, grid, **how):
+        self.images, self.how = images, how
+        return torch.full((len(images), *[grid[0] * grid[1]] * 2), 1 / (grid[0] * grid[1]))
+
+
+@pytest.mark.parametrize("crop, side, other, want", [(None, 160, 80, (160, 80)), (0, 160, 80, (160, 80)), (160, 160, 80, (160, 80)), (320, 160, 80, (320, 160)),
+                                                     (96, 160, 240, (96, 144)), (240, 124, 112, (184, 168)), (8, 160, 8, (8, 8))])
+def test_the_diffusion_model_has_its_own_size(crop, side, other, want):
+    sd, p, x = Watcher(), profile("mini", sd_crop=crop), torch.rand(2, 3, side, other)
+    A = diffusion_attention(sd, x, (4, 5), p)
+    assert A.shape == (2, 20, 20) and sd.images.shape == (2, 3, *want) and 0 <= sd.images.min() and sd.images.max() <= 1 + 1e-6
+    if want == (side, other): assert sd.images is x
+    assert sd.how == dict(timestep=p.timestep, layers=p.sd_layers, draws=p.sd_draws)
+
+
+def test_bytes_are_refused_before_they_are_resized():
+    with pytest.raises(ValueError, match="images.float"): diffusion_attention(Watcher(), torch.zeros(1, 3, 160, 160, dtype=torch.uint8), (4, 4), profile("mini", sd_crop=320))
+    with pytest.raises(ValueError, match="sd_crop"): profile("mini", sd_crop=-8)
+
+
+@pytest.mark.parametrize("name, value, argument", [("group_metric", "euclidean", "metric"), ("regroup", False, "regroup"), ("relation", "threshold", "relation"), ("groups", 4, "k")])
+def test_the_profile_speaks_to_acr(name, value, argument):
+    from diclip.acr import refine_attention
+    A = torch.rand(2, 30, 30, generator=torch.Generator().manual_seed(3)).softmax(-1)
+    p = profile("mini", rounds=3)
+    how = dict(k=p.groups, rounds=3, tau=p.tau_n / 30, propagation=p.propagation)
+    assert torch.equal(refine(A, p), refine_attention(A, **how))
+    changed = refine(A, profile("mini", rounds=3, **{name: value}))
+    assert torch.equal(changed, refine_attention(A, **how | {argument: value})) and not torch.equal(changed, refine(A, p))
+
+
+@pytest.mark.parametrize("readout", ["inplace", "progressive", "dual", "surgery", "last"])
+@pytest.mark.parametrize("affinity", [False, True])
+def test_the_frozen_models_run_clip_once(tiny, readout, affinity):
+    from diclip.head import raw_tokens
+    from diclip.supervision import Frozen
+    p = profile("mini", crop=32, layers=2, readout=readout, affinity=affinity)
+    tiny.text = lambda names, templates=None: torch.nn.functional.normalize(torch.ones(len(names), 16), dim=-1)
+    x, labels, sd = torch.rand(2, 3, 32, 32), torch.ones(2, 8, dtype=torch.bool), Watcher()
+    ran = []
+    spy = tiny.blocks[0].mlp.register_forward_hook(lambda *a: ran.append(1))
+    f = Frozen(tiny, sd, p)(x, labels)
+    spy.remove()
+    assert len(ran) == 1 and ("attention" in f) == affinity
+    torch.testing.assert_close(f["tokens"], raw_tokens(tiny, x), atol=1e-5, rtol=1e-4)
+    S = refine(torch.full((2, 16, 16), 1 / 16), p)
+    torch.testing.assert_close(f["features"], enhanced_features(tiny, x, S, 2, p.alpha, readout=readout), atol=1e-5, rtol=1e-4)
+    if affinity:
+        maps = tiny.dense(x, keep=("attention",)).attention
+        torch.testing.assert_close(f["attention"], torch.stack(maps).mean((0, 2))[:, 1:, 1:], atol=1e-5, rtol=1e-4)
