@@ -101,7 +101,7 @@ def view_mean(
 
 
 def each_scores(clip, head, images, size, scales, flip, out, mean):
-    "An iterator over the scores of `segment_scores`: those of many large images need not fit into memory at once."
+    "An iterator over the scores of `segment_scores`, which need not fit into memory all at once."
     if mean not in ("probabilities", "logits"):
         raise ValueError(f"unknown mean {mean!r}: choose probabilities or logits")
     softmax = lambda z: z.softmax(0)

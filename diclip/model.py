@@ -91,7 +91,7 @@ def from_pretrained(
     cache=None,  # a `Cache` or its path
     **overrides,  # settings of the profile to change
 ):
-    """Load both models of a profile. Attention, features, scores and whatever is trained are float32 in any case.
+    """Load both models of a profile. Attention, features, scores and what is trained are float32 in any case.
     Raises ValueError for unknown names, and one clear error where weights are missing."""
     dtype = as_dtype(dtype, device)
     if not isinstance(name, Profile) and name not in PROFILES and Path(name).is_dir():
@@ -293,8 +293,9 @@ def fit(
     progress: bool = True,
     **how,  # resume, save_every, eval_every, evaluate, workers, as in `train`
 ) -> list:  # the log
-    """Train head and adapter on image-level labels, (14) and (15). The frozen models run in their own precision, the
-    student in the accelerator's; weights and losses are float32. Raises ValueError as `train` does."""
+    """Train head and adapter on image-level labels, (14) and (15). The frozen models run in their own
+    precision, the student in the accelerator's; its weights and the losses are float32.
+    Raises ValueError as `train` does."""
     check_folder(folder, how.get("resume", False))  # before the long work, not after it
     if self.cache is None:
         self.build_cache(folder, progress)

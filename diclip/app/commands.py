@@ -133,12 +133,11 @@ def diclip_train(
     from diclip.model import DiCLIP, as_dtype
     from diclip.engine.checkpoint import check_folder
 
-    changes = dict(iterations=iterations, head=head)
     with exit_on_user_error():
         as_dtype(precision, device)
         check_folder(out, resume)
         a = _accelerator(device, precision)
-        p = get_profile(profile, **{k: v for k, v in changes.items() if v})
+        p = get_profile(profile, **{k: v for k, v in dict(iterations=iterations, head=head).items() if v})
         samples = open_dataset(p, split, data or None, n or None)
         m = DiCLIP.from_pretrained(p, str(a.device), precision, cache or None)
         with a.main_process_first():  # the others find its images and features
@@ -224,9 +223,8 @@ def diclip_eval(
     how = dict(scales=(1.0,), flip=False) if one_scale else dict(mean=mean or None)
     with exit_on_user_error():
         m = DiCLIP.from_pretrained(model, device, precision)
-        samples, matrix = open_dataset(m.profile, split, data or None, n or None), ConfusionMatrix(
-            len(m.profile.classes) + 1
-        )
+        samples = open_dataset(m.profile, split, data or None, n or None)
+        matrix = ConfusionMatrix(len(m.profile.classes) + 1)
         for i in tqdm(range(len(samples)), unit="image"):
             matrix.update(m.segment([samples[i]], crf=crf, **how)[0], samples[i].mask)
     low, high = matrix.bootstrap() if matrix.images > 1 else (float("nan"),) * 2
