@@ -201,12 +201,15 @@ def _origin(clip, sd, profile, masks, par):
     "What the pooled vectors depend on, beside the pictures"
     fingerprint = None if sd is None else getattr(sd, "fingerprint", type(sd).__name__)
     kind = "given" if masks else "par" if par else "cam"
+    dtype = getattr(sd, "dtype", torch.float32)
+    rounded = {} if dtype == torch.float32 else {"precision": str(dtype).removeprefix("torch.")}
     return {
         "clip": clip.fingerprint,
         "sd": fingerprint,
         "grid": [profile.crop // clip.patch] * 2,
         "masks": kind,
         **{k: getattr(profile, k) for k in _RECIPE},
+        **rounded,
     }
 
 # %% ../nbs/4_cache/42_cache.ipynb #e36cd66b

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'Share', 'Words', 'PropagationName', 'FusionName', 'Timestep', 'Layers', 'ReadoutName', 'Side',
-           'ReadingName', 'Band', 'Kernel', 'VOC_CLASSES', 'BACKGROUND_WORDS', 'VOC', 'COCO_CLASSES', 'COCO',
+           'ReadingName', 'Band', 'Kernel', 'VOC_CLASSES', 'FAMILY', 'BACKGROUND_WORDS', 'VOC', 'COCO_CLASSES', 'COCO',
            'MINI_CLASSES', 'MINI', 'PROFILES', 'profile', 'settings', 'DataSettings', 'ModelSettings', 'CamSettings',
            'VceSettings', 'CacheSettings', 'RetrievalSettings', 'LabelSettings', 'HeadSettings', 'TrainingSettings',
            'InferenceSettings', 'Profile', 'get_profile']
@@ -217,7 +217,10 @@ Kernel = tuple[PositiveFloat, PositiveFloat, NonNegativeFloat]
 class InferenceSettings:
     "Views of an image, and DenseCRF."
 
-    scales: tuple[PositiveFloat, ...] = (0.7, 1.0, 1.2, 1.5)  # of the squashed input, mirrored too (family)
+    scales: tuple[PositiveFloat, ...] = (0.7, 1.0, 1.2, 1.5)  # of the crop, mirrored too (family)
+    view_mean: Literal["probabilities", "logits"] = (
+        "probabilities"  # what is averaged over the views (55_infer)
+    )
     cam_scales: tuple[PositiveFloat, ...] = (1.0, 0.5, 0.75, 1.5)  # of CAMs (log)
     crf_rounds: NonNegativeInt = 10  # of DenseCRF's mean field (family)
     crf_position: tuple[PositiveFloat, NonNegativeFloat] = (1, 3)  # width in pixels, weight (family)
@@ -258,11 +261,12 @@ _RENAMED = {
     "person": "person with clothes,people,human",
     "tvmonitor": "tvmonitor screen",
 }
+FAMILY = dict(view_mean="logits")  # where VOC and COCO differ from the defaults
 BACKGROUND_WORDS = tuple(
     "ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet cloud"
     " house mountain ocean road rock street valley bridge sign".split()
 )
-VOC = Profile("voc", VOC_CLASSES, tuple(_RENAMED.get(c, c) for c in VOC_CLASSES), BACKGROUND_WORDS)
+VOC = Profile("voc", VOC_CLASSES, tuple(_RENAMED.get(c, c) for c in VOC_CLASSES), BACKGROUND_WORDS, **FAMILY)
 
 # %% ../nbs/1_ground/11_config.ipynb #fa6202d8
 COCO_CLASSES = tuple(
@@ -283,6 +287,7 @@ COCO = Profile(
     iterations=100_000,
     rate=1e-3,
     warmup=200,
+    **FAMILY,
 )  # (log)
 
 # %% ../nbs/1_ground/11_config.ipynb #023a73cf

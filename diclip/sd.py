@@ -71,9 +71,13 @@ def load_sd(
     pipe = read_pipeline(found)
     if profile.sd_unet:
         pipe.unet = read_unet(profile.sd_unet, pipe.unet)
+    sd = StableDiffusion(pipe, found.name, profile.size)
+    if dtype == torch.bfloat16:
+        sd.fingerprint  # of the files' own weights, before bfloat16 rounds them
     with quiet():
         pipe.to(device=device, dtype=dtype)
-    return StableDiffusion(pipe, found.name, profile.size)
+    sd.device, sd.dtype = pipe.unet.device, pipe.unet.dtype
+    return sd
 
 # %% ../nbs/3_vce/32_sd.ipynb #d1b7d810
 @patch
@@ -202,7 +206,7 @@ def attention(
     maps = [self.latent_attention(self.encode(part), *how) for part in images.split(batch)]
     A = torch.cat(maps).to(images.device)
     check_finite(
-        A, f"the attention, computed in {self.dtype}, holds", "load the model in bfloat16 or float32."
+        A, f"the attention, computed in {self.dtype}, holds", "load the model in bfloat16 or float32.", True
     )
     return A
 
@@ -293,5 +297,7 @@ def generate(
             generator=generators,
             output_type="pt",
         ).images
-    check_finite(x, f"the images, drawn in {self.dtype}, hold", "load the model in bfloat16 or float32.")
+    check_finite(
+        x, f"the images, drawn in {self.dtype}, hold", "load the model in bfloat16 or float32.", True
+    )
     return (x.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

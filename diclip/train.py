@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .datasets.batches import TrainingSet, batches
 from .cam import resize_maps
 from .data import palette
+from .engine.check import check_features, checked
 from .engine.checkpoint import check_folder, load_training, read_log, save_training
 from .engine.log import Log
 from .head import HEADS
@@ -141,7 +142,10 @@ def frozen_outputs(self: Learner, batch) -> dict:
     "Outputs of the frozen models for a batch, computed or taken from memory."
     device = self.accelerator.device
     if self.memory is None:
-        return self.frozen(batch["image"].to(device), batch["labels"].to(device))
+        with checked():  # the images were made of bytes
+            f = self.frozen(batch["image"].to(device), batch["labels"].to(device))
+        check_features(f["features"])
+        return f
     return {k: v[batch["index"]].to(device) for k, v in self.memory.items()}
 
 # %% ../nbs/5_training/54_train.ipynb #80e8701a

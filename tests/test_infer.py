@@ -128,6 +128,50 @@ def test_the_two_means_differ_and_agree_where_all_views_do(clip, head):
     close(*[segment_scores(clip, head, x, scales=(1., 1.), mean=m) for m in ("probabilities", "logits")])
 
 
+def family_mean(clip, head, image, crop, scales, mirror, mean):
+    """The family's average restated: each scale is a square of the ORIGINAL image, sides in whole patches; the grid's logits go to the
+    image's own size in one step; mirrored ones are mirrored back; the mean is of logits, or of probabilities."""
+    total, count = 0, 0
+    for s in scales:
+        side = clip.patch * max(1, int(crop * s / clip.patch + .5))
+        square = image[None] if tuple(image.shape[1:]) == (side, side) else F.interpolate(image[None], (side, side), mode="bilinear", antialias=True).clamp(0, 1)
+        for turned in (False, True)[:1 + mirror]:
+            with torch.no_grad():
+                x = torch.flip(square, (3,)) if turned else square
+                z = head(torch.stack([t[:, 1:] for t in clip.dense(x, keep=("tokens",)).tokens], 1), (side // clip.patch,) * 2)
+                z = F.interpolate(z, image.shape[1:], mode="bilinear")[0]
+            if turned: z = torch.flip(z, (2,))
+            total, count = total + (z if mean == "logits" else torch.softmax(z, 0)), count + 1
+    return torch.softmax(total / count, 0) if mean == "logits" else total / count
+
+
+@pytest.mark.parametrize("mean", ["logits", "probabilities"])
+@pytest.mark.parametrize("scales, mirror", [((.7, 1., 1.2, 1.5), True), ((1.,), False)])
+def test_views_of_two_sizes_are_the_familys_average(clip, head, mean, scales, mirror):
+    head.eval()
+    photos = [rand(3, 75, 50, seed=1), rand(3, 96, 131, seed=2), rand(3, 64, 64, seed=3)]
+    found = segment_scores(clip, head, photos, 64, scales, mirror, mean=mean)
+    assert [q.shape for q in found] == [(9, *x.shape[1:]) for x in photos]
+    for q, x in zip(found, photos): assert (q - family_mean(clip, head, x, 64, scales, mirror, mean)).abs().max() < 1e-5
+
+
+def test_a_view_is_made_of_the_original():
+    "Stripes of two pixels in a photograph of twice the crop's size: they survive a view at 2, and no squash to the crop."
+    stripes = (torch.arange(128) // 2 % 2).float().expand(3, 128, 128)
+    ((x, _),) = views([stripes], 8, (2.,), size=64)
+    assert torch.equal(x[0], stripes)
+    ((x, _),) = views([stripes], 8, (1.5,), size=64)
+    assert x.std() > 2 * F.interpolate(F.interpolate(stripes[None], (64, 64), mode="bilinear", antialias=True), (96, 96), mode="bilinear").std()
+
+
+def test_mixed_sizes_need_a_square_and_do_not_meet():
+    photos = [rand(3, 40, 60), rand(3, 56, 24)]
+    for x, mirrored in views(photos, 8, (1., 1.5), True, size=32):
+        for i, photo in enumerate(photos): close(x[i], dict((m, v) for v, m in views([photo], 8, (x.shape[-1] / 32,), True, size=32))[mirrored][0])
+    with pytest.raises(ValueError, match="pass size"): views(photos, 8)
+    with pytest.raises(ValueError, match="at least one"): views([], 8, size=32)
+
+
 # maps
 
 def pooled(x): return F.avg_pool2d(x, 8)[:, :2]
@@ -156,6 +200,30 @@ def test_one_view_of_maps_is_norm_of_the_enlarged_map():
     big = F.interpolate(pooled(x), (48, 48), mode="bilinear", align_corners=False)
     low, high = big.amin((2, 3), keepdim=True), big.amax((2, 3), keepdim=True)
     close(multi_scale_cams(pooled, x, 48, 8, (1.,), False), (big - low) / (high - low))
+
+
+@pytest.mark.parametrize("norm", ["minmax", None])
+def test_maps_of_two_sizes_come_back_once_and_to_their_own(norm):
+    photos, scales = [rand(3, 50, 70, seed=1), rand(3, 33, 20, seed=2)], (.5, 1., 1.5)
+    found = multi_scale_cams(pooled, photos, 48, 8, scales, True, norm, keep=[[1], [1, 0]])
+    for x, M, keep in zip(photos, found, [[1], [1, 0]]):
+        total = 0
+        for s in scales:
+            side = 8 * int(48 * s / 8 + .5)
+            square = F.interpolate(x[None], (side, side), mode="bilinear", antialias=True).clamp(0, 1)
+            for turned in (False, True):
+                m = F.interpolate(pooled(square.flip(3) if turned else square), x.shape[1:], mode="bilinear")
+                total = total + (m.flip(3) if turned else m)
+        mean = (total / 6)[0, keep]
+        low, high = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
+        close(M, mean if norm is None else (mean - low) / (high - low), 1e-5)
+
+
+def test_values_that_a_model_spoils_are_noticed_behind_the_door(clip):
+    class Spoiled(nn.Module):
+        def forward(self, tokens, grid): return torch.full((len(tokens), 9, *grid), torch.nan)
+    with pytest.raises(ValueError, match="logits hold NaN"): segment_scores(clip, Spoiled(), rand(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="maps hold NaN"): multi_scale_cams(lambda x: pooled(x) / 0 * 0, rand(1, 3, 48, 48), 48, 8)
 
 
 # CRF

@@ -114,6 +114,86 @@ def test_true_topologies_at_random_weights_and_voc_settings(tmp_path):
     assert M.shape == (2, 60, 90) and M.isfinite().all() and 0 <= M.min() and M.max() <= 1
 
 
+@pytest.mark.parametrize("dtype", ["bf16", torch.bfloat16])
+def test_bfloat16_is_close_and_answers_in_float32(mini, scenes, dtype):
+    half = DiCLIP.from_pretrained("mini", dtype=dtype)
+    assert next(half.clip.parameters()).dtype == half.sd.dtype == torch.bfloat16 and half.text.dtype == torch.float32
+    assert half.clip.fingerprint == mini.clip.fingerprint and half.sd.fingerprint == mini.sd.fingerprint
+    A, B = half.attention(scenes), mini.attention(scenes)
+    for k, most in (("clip", .05), ("sd", .005)): torch.testing.assert_close(A[k], B[k], atol=most, rtol=0)
+    d = torch.cat([(a - b).abs().flatten() for a, b in zip(half.cams(scenes, names(mini, scenes)), mini.cams(scenes, names(mini, scenes)))])
+    assert d.dtype == torch.float32 and d.mean() < .01
+
+
+def test_bfloat16_at_random_weights(tmp_path):
+    "A cache, a training, a folder and a segmentation, with frozen models of random weights in bfloat16."
+    from helpers_sd import random_mini_sd
+    small = dict(sd=str(random_mini_sd(tmp_path / "sd")), sd_draws=1, iterations=2, head_width=32, images_per_class=2, centroids=1, par_rounds=2)
+    half, whole = (DiCLIP.from_pretrained("mini", dtype=t, **small) for t in ("bf16", "fp32"))
+    x = MiniWorld("train", 3)[:]
+    A, B = half.attention(x), whole.attention(x)
+    for k, most in (("clip", .05), ("sd", .005)): torch.testing.assert_close(A[k], B[k], atol=most, rtol=0)
+    half.use_cache(cache_for(half))
+    half.fit(MiniWorld("train", 8), tmp_path / "training", progress=False)
+    assert {v.dtype for v in half.student.state_dict().values()} == {half.cache.keys.dtype} == {torch.float32}
+    half.save_pretrained(tmp_path / "model")
+    again = DiCLIP.from_pretrained(tmp_path / "model", dtype="bf16")
+    assert all(torch.equal(a, b) for a, b in zip(again.segment(x), half.segment(x)))
+    same = [(a == b).float().mean() for a, b in zip(DiCLIP.from_pretrained(tmp_path / "model").segment(x), half.segment(x))]
+    assert min(same) > .9
+
+
+def test_a_cache_says_that_it_was_made_of_rounded_models(mini):
+    from types import SimpleNamespace
+    from diclip.cache import _origin
+    of = lambda **sd: _origin(mini.clip, SimpleNamespace(fingerprint="sd", **sd), mini.profile, None, None)
+    assert of() == of(dtype=torch.float32) and of(dtype=torch.bfloat16) == of() | {"precision": "bfloat16"}
+
+
+def test_precisions_without_sense_are_refused():
+    for dtype in ("fp16", torch.float16):
+        with pytest.raises(ValueError, match="choose bf16"): DiCLIP.from_pretrained("mini", dtype=dtype)
+    for dtype in ("half", torch.float64):
+        with pytest.raises(ValueError, match="choose one of fp32, bf16, fp16"): DiCLIP.from_pretrained("mini", dtype=dtype)
+
+
+@pytest.mark.parametrize("command", ["diclip_train", "diclip_cache", "diclip_eval", "diclip_segment", "diclip_cam", "diclip_repro"])
+def test_every_command_has_the_one_precision(command, tmp_path, monkeypatch):
+    "It is refused, or it reaches the frozen models, which are not loaded here."
+    from diclip.app import commands, repro
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").touch()
+    run, seen = getattr(commands, command, None) or repro.diclip_repro, []
+    args = (["a.png"],) if command in ("diclip_segment", "diclip_cam") else ()
+    with pytest.raises((SystemExit, ValueError), match="choose bf16"): run(*args, precision="fp16", **({"model": "mini"} if command == "diclip_eval" or args else {}))
+    def load(name, device="cpu", dtype="fp32", *rest, **more):
+        seen.append(dtype)
+        raise ValueError("enough")
+    monkeypatch.setattr(DiCLIP, "from_pretrained", load)
+    monkeypatch.setattr(commands, "_accelerator", lambda device, precision: __import__("types").SimpleNamespace(device=device))
+    def notebook(name, out, **parameters):
+        seen.append(parameters["precision"])
+        raise ValueError("enough")
+    monkeypatch.setattr(repro, "run_notebook", notebook)
+    with pytest.raises((SystemExit, ValueError), match="enough"): run(*args, precision="bf16")
+    assert seen == ["bf16"]
+
+
+def test_images_are_made_into_squares_once(mini, scenes, monkeypatch):
+    "Views of a photograph of another size come from the photograph, and the result is resized to it once."
+    from diclip.train import new_student
+    model = DiCLIP(mini.clip, mini.sd, replace(mini.profile, scales=(1., 1.5), view_mean="logits"), student=new_student(mini.clip, mini.profile).eval())
+    photos = [np.tile(scenes[0].image, (2, 2, 1))[:200, :301], scenes[1].image]
+    from diclip.infer import segment_scores
+    x = [torch.from_numpy(p).permute(2, 0, 1).float() / 255 for p in photos]
+    for mean in ("logits", "probabilities"):
+        want = segment_scores(model.clip, model.student.head, x, SIDE, (1., 1.5), True, mean=mean)
+        for how in (dict(mean=mean), *([{}] if mean == "logits" else [])):
+            for a, b in zip(model.segment(photos, **how), want): assert a.shape == b.shape[1:] and torch.equal(a, b.argmax(0))
+    with pytest.raises(ValueError, match="probabilities or logits"): model.segment(photos, mean="median")
+    for M, p in zip(mini.cams(photos, names(mini, scenes)[:2]), photos): assert M.shape[1:] == p.shape[:2]
+
+
 def test_cams_of_several_views(mini, scenes):
     n = names(mini, scenes)
     plain, views = mini.cams(scenes, n), mini.cams(scenes, n, scales=(.5, 1., 1.5), flip=True)

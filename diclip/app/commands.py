@@ -65,6 +65,7 @@ def diclip_cam(
     cache: str = "",  # cache file of diclip_cache; empty: the model's own, if it has one
     gamma: float = 0.0,  # power of the background score, above 1 the background shrinks; 0: the profile's
     device: str = "cpu",  # "cpu" or "cuda"
+    precision: str = "fp32",  # of the frozen models: "fp32", "bf16" or, on GPUs, "fp16"; maps stay float32
 ):
     "Class activation maps of image files; the image-level labels are given"
     from diclip.model import DiCLIP
@@ -72,7 +73,7 @@ def diclip_cam(
     names = [c.strip() for c in classes.split(",") if c.strip()]
     with exit_on_user_error():
         files = image_files(images)
-        m = DiCLIP.from_pretrained(model, device=device, cache=cache or None)
+        m = DiCLIP.from_pretrained(model, device, precision, cache or None)
         _cam(
             files,
             names,
@@ -89,14 +90,14 @@ def diclip_cache(
     model: str = "mini",  # a profile
     per_class: int = 0,  # generated images a class; 0: the profile's (50)
     device: str = "cpu",  # "cpu" or "cuda"
+    precision: str = "fp32",  # of the frozen models: "fp32", "bf16" or, on GPUs, "fp16"; keys and values stay float32
 ):
     "Build the key-value cache of a profile, equations (8) to (10); an interrupted run continues"
     from diclip.model import DiCLIP
 
     with exit_on_user_error():
-        m = DiCLIP.from_pretrained(
-            model, device=device, **(dict(images_per_class=per_class) if per_class else {})
-        )
+        changes = dict(images_per_class=per_class) if per_class else {}
+        m = DiCLIP.from_pretrained(model, device, precision, **changes)
         cache = m.build_cache(out)
         cache.save(Path(out) / "cache.safetensors")
     print(f"{len(cache)} pairs of {len(m.profile.classes)} classes: {out}/cache.safetensors")
@@ -106,7 +107,7 @@ def _accelerator(device, precision):
     "One process or, started by accelerate launch, one of several."
     from accelerate import Accelerator
 
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    return Accelerator(cpu=device == "cpu", mixed_precision="no" if precision == "fp32" else precision)
 
 # %% ../../nbs/6_use/64_commands.ipynb #ef7773d7
 @call_parse
@@ -123,22 +124,23 @@ def diclip_train(
     seed: int = 0,  # of order, crops, first weights
     resume: bool = False,  # go on from the checkpoint in `out`
     skip_damaged: bool = False,  # report damaged images at the end instead of stopping at the first
-    precision: str = "no",  # "no" (float32), "fp16" or "bf16"
+    precision: str = "fp32",  # of frozen models and, by autocast, of head and adapter: "fp32", "bf16" or, on GPUs, "fp16"; losses stay float32
     workers: int = 0,  # processes that read images ahead
     device: str = "cpu",  # "cpu" or "cuda"; accelerate launch decides for several
 ):
     "Train adapter and head on image-level labels, equations (12) to (15), and save the model"
     from diclip.datasets.coco import open_dataset
     from diclip.config import get_profile
-    from diclip.model import DiCLIP
+    from diclip.model import DiCLIP, as_dtype
     from diclip.engine.checkpoint import check_folder
 
-    changes, a = dict(iterations=iterations, head=head), _accelerator(device, precision)
     with exit_on_user_error():
+        as_dtype(precision, device)
         check_folder(out, resume)
-        p = get_profile(profile, **{k: v for k, v in changes.items() if v})
+        a = _accelerator(device, precision)
+        p = get_profile(profile, **{k: v for k, v in dict(iterations=iterations, head=head).items() if v})
         samples = open_dataset(p, split, data or None, n or None)
-        m = DiCLIP.from_pretrained(p, device=str(a.device), cache=cache or None)
+        m = DiCLIP.from_pretrained(p, str(a.device), precision, cache or None)
         with a.main_process_first():  # the others find its images and features
             if not cache:
                 m.build_cache(out, progress=a.is_main_process)
@@ -168,18 +170,20 @@ def diclip_segment(
     out: str = "runs/segmentations",  # folder for <image>.png (ids, VOC's palette), <image>_overlay.png
     archive: str = "",  # also write VOC's submission archive, e.g. results.tar.gz; diclip_submit checks more
     one_scale: bool = False,  # no other scales, no mirroring
+    mean: str = "",  # what is averaged over the views: "probabilities" or "logits"; empty: the profile's
     crf: bool = False,  # DenseCRF on the result
     skip_damaged: bool = False,  # report damaged files at the end instead of stopping at the first
     device: str = "cpu",  # "cpu" or "cuda"
+    precision: str = "fp32",  # of the frozen models: "fp32", "bf16" or, on GPUs, "fp16"; the head and its scores stay float32
 ):
     "Segment image files; labels are not given"
     from diclip.app.output import overlay_png, predict, save_label
     from diclip.app.submit import submission
     from diclip.model import DiCLIP
 
-    how, found = dict(scales=(1.0,), flip=False) if one_scale else {}, []
+    found, how = [], dict(scales=(1.0,), flip=False) if one_scale else dict(mean=mean or None)
     with exit_on_user_error():
-        files, m = image_files(images), DiCLIP.from_pretrained(model, device=device)
+        files, m = image_files(images), DiCLIP.from_pretrained(model, device, precision)
         run = predict(
             files,
             lambda sample: (sample.image, m.segment([sample], crf=crf, **how)[0]),
@@ -195,6 +199,7 @@ def diclip_segment(
     print(
         f"{run.report()}, labels not given,"
         f" {'one scale' if one_scale else 'scales ' + '/'.join(map(str, m.profile.scales)) + ', flip'},"
+        f"{'' if one_scale else f' mean of {mean or m.profile.view_mean},'}"
         f" {'CRF' if crf else 'no CRF'}: {out}"
     )
 
@@ -206,8 +211,10 @@ def diclip_eval(
     split: str = "val",  # list that is scored
     n: int = 0,  # only the first n images; 0: all
     one_scale: bool = False,  # no other scales, no mirroring
+    mean: str = "",  # what is averaged over the views: "probabilities" or "logits"; empty: the profile's
     crf: bool = False,  # DenseCRF on the result
     device: str = "cpu",  # "cpu" or "cuda"
+    precision: str = "fp32",  # of the frozen models: "fp32", "bf16" or, on GPUs, "fp16"; the head and its scores stay float32
 ):
     "Score a trained model on masks: mIoU with its 95 % interval and the whole protocol"
     from diclip.datasets.coco import open_dataset
@@ -215,12 +222,11 @@ def diclip_eval(
     from diclip.model import DiCLIP
     from tqdm import tqdm
 
-    how = dict(scales=(1.0,), flip=False) if one_scale else {}
+    how = dict(scales=(1.0,), flip=False) if one_scale else dict(mean=mean or None)
     with exit_on_user_error():
-        m = DiCLIP.from_pretrained(model, device=device)
-        samples, matrix = open_dataset(m.profile, split, data or None, n or None), ConfusionMatrix(
-            len(m.profile.classes) + 1
-        )
+        m = DiCLIP.from_pretrained(model, device, precision)
+        samples = open_dataset(m.profile, split, data or None, n or None)
+        matrix = ConfusionMatrix(len(m.profile.classes) + 1)
         for i in tqdm(range(len(samples)), unit="image"):
             matrix.update(m.segment([samples[i]], crf=crf, **how)[0], samples[i].mask)
     low, high = matrix.bootstrap() if matrix.images > 1 else (float("nan"),) * 2
@@ -233,6 +239,8 @@ def diclip_eval(
             crf=crf,
             threshold=None,
             images=len(samples),
+            **({} if one_scale else dict(mean_of=mean or m.profile.view_mean)),
+            precision=precision,
         )
     )
     print(

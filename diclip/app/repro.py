@@ -64,6 +64,7 @@ def diclip_repro(
     data: str = "",  # data folder in VOC's format (VOCdevkit/VOC2012); not needed for mini
     out: str = "runs/repro",  # folder for the executed notebook, its record and its report
     device: str = "cpu",  # "cpu" or "cuda"
+    precision: str = "fp32",  # of the frozen models: "fp32", "bf16" or, on GPUs, "fp16"; training and scores stay float32
     n_train: int = 100,  # images of the train split on which thresholds are chosen
     n_val: int = 200,  # images that are scored (voc: the paper scores CAMs on train, see --split)
     split: str = "val",  # split that is scored
@@ -81,9 +82,11 @@ def diclip_repro(
     numbers, write records and HTML reports"""
     from diclip.config import get_profile
     from diclip.datasets.coco import open_dataset
+    from diclip.model import as_dtype
     from diclip.world import CLASSES
 
     start, p = time.time(), get_profile(profile)
+    as_dtype(precision, device)
     if cache_images not in ("generated", "rendered"):
         raise ValueError(f"cache_images={cache_images!r}: choose generated or rendered")
     if cache_images == "rendered" and not set(p.classes) <= set(CLASSES):
@@ -91,7 +94,7 @@ def diclip_repro(
     for s in ("train", split, *([] if no_train else [train_split])):
         open_dataset(p, s, data or None)  # complain about the data now, not in the middle of the notebook
     root = str(Path(data).resolve()) if data else ""
-    both = dict(profile=profile, data=root, device=device, n_val=n_val, seeds=seeds)
+    both = dict(profile=profile, data=root, device=device, precision=precision, n_val=n_val, seeds=seeds)
     pool = dict(per_class=per_class, remake_pool=remake_pool, cache_images=cache_images)
     record = run_notebook("components", out, **both, **pool, n_train=n_train, split=split)
     print("\n" + record["table"] + "\n")
