@@ -165,7 +165,7 @@ def count_tensors(folder: Path, variant=None) -> int:
 
 # %% ../../nbs/appendix/a4_sd_weights.ipynb #a4v00002
 def values_arrived(net, folder: Path, variant=None) -> bool:
-    "Do the first and the last tensor of every weight file stand in the network, under a name that ends alike?"
+    "Do the first and the last tensor of every weight file stand in the network, under names that end alike?"
     import torch
     from safetensors import safe_open
 
