@@ -151,7 +151,9 @@ def targets(self: Learner, f, batch, votes) -> tuple:
     "Labels of the head (B, H, W) and of the adapter (B, N): no gradient passes."
     p, device = self.profile, self.accelerator.device
     image, labels, valid, mask = (batch[k].to(device) for k in ("image", "labels", "valid", "mask"))
-    patches = None if votes is None else patch_labels(f["static"], p.grid, p, valid)
+    attention, patches = f.get("attention"), None
+    if votes is not None:
+        patches = patch_labels(f["static"], p.grid, p, valid, image, labels, self.par, attention)
     if self.supervised:
         return mask, patches
     if "target" in f and votes is None:
@@ -166,7 +168,7 @@ def targets(self: Learner, f, batch, votes) -> tuple:
             p,
             self.par,
             valid,
-            f.get("attention"),
+            attention,
             gamma,
         ),
         patches,
