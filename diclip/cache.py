@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from .engine.check import check_finite
 from .engine.cachefile import digest, keep_pooled, read_rows, versions, write_rows
 from .imagepool import class_images, pool_note
+from .labels import PAR
 from .keys import patch_masks, masked_average_pool, pool_images, cluster_keys, cache_values
 from .vce import vce_features
 
@@ -203,6 +204,7 @@ def _origin(clip, sd, profile, masks, par):
     kind = "given" if masks else "par" if par else "cam"
     dtype = getattr(sd, "dtype", torch.float32)
     rounded = {} if dtype == torch.float32 else {"precision": str(dtype).removeprefix("torch.")}
+    refined = {"par": [list(profile.par_dilations), profile.par_rounds]} if profile.cache_par else {}
     return {
         "clip": clip.fingerprint,
         "sd": fingerprint,
@@ -210,6 +212,7 @@ def _origin(clip, sd, profile, masks, par):
         "masks": kind,
         **{k: getattr(profile, k) for k in _RECIPE},
         **rounded,
+        **(refined if kind == "par" else {}),
     }
 
 # %% ../nbs/4_cache/42_cache.ipynb #e36cd66b
@@ -219,7 +222,7 @@ def build_cache(
     images,  # {class: list of (H, W, 3) uint8 arrays}, or a folder of <class>/<i>.png
     profile,  # `Profile`: classes, limits, thresholds, centroids
     masks=None,  # {class: list of (H, W) masks} in the place of the CAM's
-    par=None,  # `PAR()` to refine the CAMs before they are cut
+    par=None,  # `PAR()` to refine the CAMs before they are cut; None: the profile's, if it has cache_par
     only=None,  # names of the classes that get rows (Table XV); all by default
     workdir=None,  # folder for the pooled vectors of finished classes
     batch: int = 8,  # pictures at a time
@@ -237,6 +240,8 @@ def build_cache(
             f" {', '.join(profile.classes)}"
         )
     text = clip.text(profile.prompt_names)
+    if par is None and profile.cache_par:
+        par = PAR(profile.par_dilations, profile.par_rounds).to(text.device)
     origin = _origin(clip, sd, profile, masks, par)
     vectors = []
     index = []

@@ -170,12 +170,16 @@ def profile_pool(
 
     shipped = Path(diclip.__file__).parent / "pool" / profile.name
     record = json.loads((shipped / "pool.json").read_text()) if (shipped / "pool.json").is_file() else {}
-    same = record.get("model") == sd.fingerprint and record["prompt"] == profile.prompt
-    if same and not remake and record.get("sampler", "ddim") == profile.sampler:
+    words = dict(zip(profile.classes, profile.image_names or profile.classes))
+    asked = record.get("prompt") == profile.prompt and words.items() <= record["words"].items()
+    asked = asked and record.get("sampler", "ddim") == profile.sampler
+    if not remake and asked and record["model"] == sd.fingerprint:
         return shipped
+    begun = (pool_note(folder)["pool"] or {}).get("words", {})
+    words = {c: c if begun.get(c) == c else w for c, w in words.items()}
     generate_pool(
         sd,
-        profile.classes,
+        words,
         folder,
         profile.prompt,
         per_class=profile.images_per_class,

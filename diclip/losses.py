@@ -64,19 +64,26 @@ def cache_loss(
 
 # %% ../nbs/5_training/51_losses.ipynb #acbf4937
 def affinity_loss(
-    features: Tensor,  # (B, D, h, w) of the head
+    features: Tensor,  # (B, D, h, w), the fused features of a head
     target: Tensor,  # (B, h, w) int, 255 ignored
-    radius: int = 8,  # patches (logs)
+    radius: int = 8,  # patches, of a square window (logs)
 ) -> Tensor:  # scalar; a part without pairs counts 0
-    """The logs' affinity loss: near patches of one label should have similar features, near patches of two
-    labels should not."""
+    """The family's affinity loss: near patches of one label should have similar features, near patches of two
+    labels should not. Raises ValueError for shapes that do not fit."""
     B, D, h, w = features.shape
-    f, y = features.flatten(2).mT, target.flatten(1)
-    at = torch.cartesian_prod(torch.arange(h, device=y.device), torch.arange(w, device=y.device)).float()
-    near = (torch.cdist(at, at) <= radius) & ~torch.eye(h * w, dtype=torch.bool, device=y.device)
-    known = near & (y != 255)[:, :, None] & (y != 255)[:, None]
-    same, A = y[:, :, None] == y[:, None], (f @ f.mT).sigmoid()
-    mean = lambda x, where: (x * where).sum() / where.sum().clamp_min(1)
+    if target.shape != (B, h, w):
+        raise ValueError(
+            f"features {tuple(features.shape)} and target {tuple(target.shape)} do not fit: give (B, D, h, w) and"
+            " (B, h, w), labels of patches"
+        )
+    f, y = F.normalize(features.flatten(2), dim=1), target.flatten(1)
+    cosine = f.mT @ f
+    A = (3 * (cosine - cosine.mean())).sigmoid()
+    at = torch.cartesian_prod(torch.arange(h, device=y.device), torch.arange(w, device=y.device))
+    apart = (at[:, None] - at).abs().amax(-1)
+    known = (apart > 0) & (apart <= radius) & (y != 255)[:, :, None] & (y != 255)[:, None]
+    same = y[:, :, None] == y[:, None]
+    mean = lambda x, where: (x * where).sum() / (where.sum() + 1)
     return (mean(1 - A, known & same) + mean(A, known & ~same)) / 2
 
 # %% ../nbs/5_training/51_losses.ipynb #a661ab5f

@@ -32,7 +32,7 @@ def class_scores(
     tp = N.diagonal(dim1=-2, dim2=-1)
     fp, fn = N.sum(-2) - tp, N.sum(-1) - tp
     return dict(
-        iou=tp / (tp + fp + fn),
+        iou=torch.where(tp + fn > 0, tp / (tp + fp + fn), torch.nan),
         precision=tp / (tp + fp),
         recall=tp / (tp + fn),
         confusion_ratio=torch.where(tp > 0, fp / tp, torch.nan),
@@ -148,7 +148,7 @@ def update(
 # %% ../nbs/1_ground/15_metrics.ipynb #1daeb93a
 @patch
 def iou(self: ConfusionMatrix, mean: bool = False) -> Tensor:
-    "(K,) intersection over union, NaN for a class that is neither there nor predicted; or the mean."
+    "(K,) intersection over union, NaN for a class that is not in the targets; or the mean."
     return self._score("iou", mean)
 
 
@@ -173,7 +173,7 @@ def confusion_ratio(self: ConfusionMatrix, mean: bool = False) -> Tensor:
 
 @patch
 def miou(self: ConfusionMatrix) -> float:
-    "Mean IoU over the background and all classes that are there or predicted (Tables I-VII)."
+    "Mean IoU over the background and all classes that are in the targets (Tables I-VII)."
     return self._score("iou", True)
 
 
@@ -343,6 +343,7 @@ def protocol(
     flip: bool,  # a mirrored copy is averaged in
     crf: bool,  # DenseCRF is applied
     threshold: float,  # background threshold of a CAM; None: there is none
+    absent=(),  # classes that the mean IoU leaves out, from `undefined(names, "iou")`
     **more,  # any other fact, e.g. n=400, seed=0
 ) -> str:
     """One line that says how a score was measured; print it with each one.
@@ -355,4 +356,7 @@ def protocol(
         "CRF" if crf else "no CRF",
         "no threshold" if threshold is None else f"threshold {threshold:.4g}",
     ]
-    return ", ".join(facts + [f"{k.replace('_', ' ')} {v}" for k, v in more.items()])
+    facts += [f"{k.replace('_', ' ')} {v}" for k, v in more.items()]
+    if absent:
+        facts.append(f"mean without {' and '.join(map(str, absent))}, of which the truth has none")
+    return ", ".join(facts)

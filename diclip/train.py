@@ -45,16 +45,17 @@ class Student(nn.Module):
         self.head, self.adapter = head, adapter
 
     def forward(self, tokens, features, grid):
-        "Logits (B, C + 1, h, w), votes (B, N, C + 1) or None, embedding (B, D, h, w)."
-        e = self.head.embed(tokens, grid)
-        return self.head.classify(e), None if self.adapter is None else self.adapter(features), e
+        "Logits (B, C + 1, h, w), votes (B, N, C + 1) or None, fused features (B, D, h, w) of the head."
+        fused = self.head.fusion(tokens, grid)
+        return self.head.decode(fused), None if self.adapter is None else self.adapter(features), fused
 
 
 def new_head(clip, profile):
     "A fresh head of the profile's kind for a `DenseCLIP`. Raises ValueError for an unknown one."
     if profile.head not in HEADS:
         raise ValueError(f"unknown head {profile.head!r}: choose one of {', '.join(HEADS)}")
-    return HEADS[profile.head](clip.width, clip.depth, len(profile.classes), width=profile.head_width)
+    how = dict(activation=profile.head_activation) if profile.head == "transformer" else {}
+    return HEADS[profile.head](clip.width, clip.depth, len(profile.classes), width=profile.head_width, **how)
 
 
 def new_student(
@@ -80,7 +81,7 @@ def new_student(
 def total_loss(
     logits: Tensor,  # from `Student`
     votes,  # from `Student`
-    embedding: Tensor,  # from `Student`
+    fused: Tensor,  # from `Student`, for the affinity loss
     target: Tensor,  # (B, H, W) labels for the head
     patches,  # (B, N) labels for the adapter; None without one
     profile,  # `Profile`: the weights
@@ -92,8 +93,8 @@ def total_loss(
     if votes is not None:
         parts["cache"] = cache_loss(votes.float(), patches, average)
     if profile.affinity_weight:
-        small = F.interpolate(target[:, None].float(), embedding.shape[2:], mode="nearest")[:, 0].long()
-        parts["affinity"] = affinity_loss(embedding.float(), small)
+        small = F.interpolate(target[:, None].float(), fused.shape[2:], mode="nearest")[:, 0].long()
+        parts["affinity"] = affinity_loss(fused.float(), small, profile.affinity_radius)
     weights = dict(seg=1.0, cache=profile.cache_weight, affinity=profile.affinity_weight)
     return sum(weights[k] * v for k, v in parts.items()), {k: v.item() for k, v in parts.items()}
 
@@ -154,7 +155,9 @@ def targets(self: Learner, f, batch, votes) -> tuple:
     "Labels of the head (B, H, W) and of the adapter (B, N): no gradient passes."
     p, device = self.profile, self.accelerator.device
     image, labels, valid, mask = (batch[k].to(device) for k in ("image", "labels", "valid", "mask"))
-    patches = None if votes is None else patch_labels(f["static"], p.grid, p, valid)
+    attention, patches = f.get("attention"), None
+    if votes is not None:
+        patches = patch_labels(f["static"], p.grid, p, valid, image, labels, self.par, attention)
     if self.supervised:
         return mask, patches
     if "target" in f and votes is None:
@@ -169,7 +172,7 @@ def targets(self: Learner, f, batch, votes) -> tuple:
             p,
             self.par,
             valid,
-            f.get("attention"),
+            attention,
             gamma,
         ),
         patches,
@@ -179,8 +182,8 @@ def targets(self: Learner, f, batch, votes) -> tuple:
 @patch
 def predict(self: Learner, batch):
     f = self.frozen_outputs(batch)
-    logits, votes, embedding = self.student(f["tokens"].float(), f["features"], self.profile.grid)
-    return (logits, votes, embedding), self.targets(f, batch, votes)
+    logits, votes, fused = self.student(f["tokens"].float(), f["features"], self.profile.grid)
+    return (logits, votes, fused), self.targets(f, batch, votes)
 
 
 @patch

@@ -40,10 +40,39 @@ def test_boxes_hold_what_is_confident_and_shrink_with_the_threshold(seed, thresh
     assert (confident_boxes(M, (4, 5), .99 * threshold) >= boxes).all()
 
 
-def test_a_walk_stays_in_its_box_and_absent_classes_stay_absent():
+@pytest.mark.parametrize("threshold", [.4, .75, .79, .88])
+def test_the_box_masks_the_source_of_the_walk(threshold):
+    "CLIP-ES and ExCEL, an image and a class at a time: a row mask over the columns of the squared transition matrix, then the map as a column."
+    M, A = rand(2, 3, 30, seed=1) ** 2, rand(2, 30, 30, seed=2) ** 3
+    boxes = confident_boxes(M, (5, 6), threshold)
+    for b in range(2):
+        T = A[b]
+        for _ in range(3):
+            T = T / T.sum(0, keepdim=True)
+            T = T / T.sum(1, keepdim=True)
+        T = (T + T.T) / 2
+        T = torch.matmul(T, T)
+        for c in range(3):
+            walked = torch.matmul(T * boxes[b, c].view(1, 30), M[b, c].view(30, 1)).flatten()
+            expected = (walked - walked.min()) / (walked - walked.min()).max()
+            torch.testing.assert_close(affinity_refine(M, A, (5, 6), threshold)[b, c], expected, atol=1e-5, rtol=0)
+
+
+def test_a_walk_starts_in_its_box_may_leave_it_and_absent_classes_stay_absent():
     M = torch.zeros(1, 2, 16); M[0, 0, [0, 5]] = 1           # touching at a corner: one box of four patches
-    out = affinity_refine(M, rand(1, 16, 16), (4, 4))
-    assert set(out[0, 0].nonzero().flatten().tolist()) <= {0, 1, 4, 5} and out[0, 1].sum() == 0
+    far = torch.eye(16)[None] + 1e-9
+    far[0, 15, 0] = far[0, 0, 15] = 1                        # the other corner looks at the first patch
+    out = affinity_refine(M, far, (4, 4))
+    assert out[0, 0, 15] > .3 and out[0, 0, [1, 4, 10]].max() < 1e-3 and out[0, 1].sum() == 0
+    M[0, 0, 9] = .5                                          # below the threshold, outside of the box: no source
+    torch.testing.assert_close(affinity_refine(M, far, (4, 4)), out)
+    assert affinity_refine(M, far, (4, 4), threshold=.4)[0, 0, 9] > .3
+
+
+def test_thresholds_of_the_profiles():
+    from diclip.config import profile
+    of = lambda p: (p.affinity_layers, p.affinity_threshold, p.affinity_score_threshold)
+    assert of(profile("voc")) == (6, .79, .75) and of(profile("coco")) == (6, .88, .75)
 
 
 @pytest.mark.parametrize("call, message", [

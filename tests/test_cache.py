@@ -406,3 +406,15 @@ def test_every_setting_of_vce_is_part_of_a_caches_origin():
     from diclip.cache import _RECIPE
     from diclip.config import VceSettings
     assert {f.name for f in fields(VceSettings)} | {"crop", "sd_crop"} <= set(_RECIPE)
+
+
+def test_a_profile_may_refine_the_masks_of_its_cache():
+    from diclip.labels import PAR
+    small = dict(par_dilations=(1, 2), par_rounds=3)
+    over = {**TOY, **small}
+    make = lambda **how: build_cache(FakeCLIP(), None, pictures(), profile("mini", **{**over, **how.pop("settings", {})}), progress=False, **how)
+    plain, switched, passed = make(), make(settings=dict(cache_par=True)), make(par=PAR(**{"dilations": (1, 2), "rounds": 3}))
+    assert torch.equal(switched.keys, passed.keys) and plain.meta["masks"] == "cam" and "par" not in plain.meta
+    assert switched.meta["masks"] == passed.meta["masks"] == "par" and switched.meta["par"] == [[1, 2], 3]
+    assert not profile("mini").cache_par and not profile("voc").cache_par
+    with pytest.raises(ValueError, match="dilations are"): make(settings=dict(cache_par=True, par_dilations=()))

@@ -323,6 +323,12 @@ def test_augmentation(shape, seed, crop, long_side, rescale):
     assert all(torch.equal(a, b) for a, b in zip((x, real, seen), again)) and torch.equal(without[0], x) and without[2] is None, "the generator decides everything"
 
 
+def test_no_profile_resizes_the_long_side():
+    "The family's loaders take the range and never apply it; a profile may set it."
+    assert [profile(n).long_side for n in ("mini", "voc", "coco")] == [None] * 3 and profile("voc").rescale == profile("coco").rescale == (.5, 2.)
+    assert profile("voc", long_side=(512, 2048)).long_side == (512, 2048)
+
+
 @settings(deadline=None, max_examples=60)
 @given(shapes, st.integers(0, 2**32), st.integers(8, 48))
 def test_mask_follows_the_image(shape, seed, crop):

@@ -56,13 +56,47 @@ def test_cache_loss_puts_the_background_last(seed):
     assert cache_loss(votes, torch.full_like(target, 255)) == 0
 
 
-def test_affinity_loss_sees_the_radius_only():
-    y = torch.zeros(1, 1, 6, dtype=torch.long); y[..., 3:] = 1
-    f = torch.randn(1, 3, 1, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    affinity_loss(f[..., :3], y[..., :3], radius=8).backward()
-    assert f.grad[..., 3:].abs().sum() == 0 and f.grad[..., :3].abs().sum() > 0
-    far = y.clone(); far[..., 5] = 255
-    torch.testing.assert_close(affinity_loss(f[..., :5], y[..., :5], 2), affinity_loss(f, far, 2))
+@quick
+@given(seeds, st.integers(1, 8), st.integers(1, 3))
+def test_affinity_loss_by_the_family_s_formula(seed, radius, B):
+    "A matrix of pair labels (1 alike, 0 not, 255 out of the window, ignored, or a patch with itself), as ExCEL's training builds it."
+    g = torch.Generator().manual_seed(seed)
+    f, (_, y) = torch.randn(B, 6, 5, 6, generator=g).double() + .5, batch(seed, B=B)
+    v = (f / f.norm(dim=1, keepdim=True)).reshape(B, 6, 30)
+    cos = torch.einsum("bdi,bdj->bij", v, v)
+    shares = 1 / (1 + torch.exp(-3 * (cos - cos.sum() / (B * 900))))
+    pairs = torch.full((B, 30, 30), 255)
+    for b in range(B):
+        for i in range(30):
+            r, c = divmod(i, 6)
+            for r2 in range(max(0, r - radius), min(5, r + radius + 1)):
+                for c2 in range(max(0, c - radius), min(6, c + radius + 1)):
+                    j, a, z = r2 * 6 + c2, y[b, r, c], y[b, r2, c2]
+                    if i != j and a != 255 and z != 255: pairs[b, i, j] = int(a == z)
+    pos, neg = pairs == 1, pairs == 0
+    expected = .5 * (1 - shares)[pos].sum() / (pos.sum() + 1) + .5 * shares[neg].sum() / (neg.sum() + 1)
+    torch.testing.assert_close(affinity_loss(f, y, radius), expected, atol=1e-9, rtol=1e-7)
+
+
+def test_affinity_loss_sees_known_pairs_in_its_window_only_and_teaches():
+    y = torch.zeros(1, 6, 6, dtype=torch.long); y[..., 3:] = 1
+    f = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert affinity_loss(f, torch.full_like(y, 255)) == 0
+    far = torch.full_like(y, 255); far[0, 0, 0] = 0; far[0, 2, 5] = 1
+    assert affinity_loss(f, far, 4) == 0 and affinity_loss(f, far, 5) > 0          # a square window: five columns apart
+    optimizer, first = torch.optim.SGD([f], 20.), affinity_loss(f, y)
+    for _ in range(100):
+        optimizer.zero_grad(); affinity_loss(f, y).backward(); optimizer.step()
+    assert affinity_loss(f, y) < .5 * first
+
+
+def test_the_total_loss_gives_the_affinity_loss_the_fused_features():
+    from diclip.config import profile
+    from diclip.train import total_loss
+    p = profile("mini", affinity_weight=.1, affinity_radius=3)
+    fused, target = torch.randn(2, 7, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9).repeat(15)[:128].view(2, 8, 8)
+    loss, parts = total_loss(torch.zeros(2, 9, 4, 4), None, fused, target, None, p)
+    assert parts["affinity"] == pytest.approx(affinity_loss(fused, target[:, ::2, ::2], 3).item()) and loss.item() == pytest.approx(parts["seg"] + .1 * parts["affinity"], rel=1e-5)
 
 
 @quick
@@ -80,6 +114,7 @@ def test_schedule_stays_between_zero_and_its_base(steps, warmup, power):
     (lambda: seg_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 3)), "3 outputs"),
     (lambda: seg_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), -1)), "3 outputs"),
     (lambda: cache_loss(torch.zeros(1, 9, 3), torch.zeros(1, 8)), "do not fit"),
+    (lambda: affinity_loss(torch.zeros(1, 3, 4, 4), torch.zeros(1, 8, 8)), "labels of patches"),
     (lambda: learning_rate(11, 10, 1.), "ends there")])
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message): call()

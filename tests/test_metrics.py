@@ -87,12 +87,32 @@ def test_known_values():
 def test_empty_classes_are_nan_and_named():
     pred, target = torch.tensor([[0, 2, 1, 1]]), torch.tensor([[0, 0, 3, 1]])
     cm = ConfusionMatrix(5).update(pred, target)      # 2: only predicted, 3: only there, 4: neither
-    assert cm.iou().isnan().tolist() == [False]*4 + [True]
-    assert cm.iou()[2] == cm.iou()[3] == 0
+    assert cm.iou().isnan().tolist() == [False, False, True, False, True]
+    assert cm.iou()[3] == 0 and cm.undefined(metric="iou") == [2, 4]
     assert cm.undefined(list("abcd")) == ["b", "c", "d"] and cm.undefined() == [2, 3, 4]
     assert cm.undefined(list("zabcd"), "precision") == ["c", "d"] and cm.undefined(metric="recall") == [2, 4]
     assert ConfusionMatrix(3).undefined(["x", "y"]) == ["background", "x", "y"]
     assert np.isnan(ConfusionMatrix(3).miou()) and "nan" in repr(ConfusionMatrix(3))
+
+
+def test_the_mean_is_over_the_classes_that_are_in_the_truth():
+    "The family's mean: two of six classes are there; four more are claimed with a pixel each, which are misses of the two."
+    target = torch.zeros(1, 10, 10, dtype=torch.long)
+    target[:, 5:] = 1
+    pred = target.clone()
+    pred[0, 0, :2], pred[0, 9, :2] = torch.tensor([2, 3]), torch.tensor([4, 5])
+    cm = ConfusionMatrix(6).update(pred, target)
+    hist = np.zeros((6, 6))
+    np.add.at(hist, (target.flatten().numpy(), pred.flatten().numpy()), 1)
+    union, there = hist.sum(0) + hist.sum(1) - np.diag(hist), hist.sum(1) > 0
+    assert cm.miou() == pytest.approx((np.diag(hist)[there] / union[there]).mean()) == pytest.approx(.96)
+    assert np.mean(np.diag(hist) / union) == pytest.approx(.32), "what counting the four as 0 would give"
+    assert cm.undefined(list("abcdef"), "iou") == list("cdef") and cm.iou()[2:].isnan().all()
+    more = dict(split="val", labels=False, scales=(1,), flip=False, crf=False, threshold=None)
+    assert protocol(**more, absent=cm.undefined(list("bcdef"), "iou")).endswith("mean without c and d and e and f, of which the truth has none")
+    assert protocol(**more, absent=[]) == protocol(**more)
+    stack = mean_score(torch.stack([cm.matrix, torch.eye(6).long()]))
+    assert stack.tolist() == pytest.approx([.96, 1.])
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int64, torch.uint8, torch.int32, list])

@@ -354,6 +354,18 @@ def pool(painter, folder, classes=("cat", "boat"), **kw):
     return generate_pool(painter, classes, folder, PROMPT, **{**dict(per_class=5, batch=3, progress=False), **kw})
 
 
+def test_a_profile_s_pool_is_asked_for_in_its_image_names(tmp_path):
+    from diclip.imagepool import profile_pool
+    small = dict(images_per_class=1, size=(16, 24), steps=1)
+    words = lambda folder, **kw: json.loads((profile_pool(Painter(), profile("voc", **small, **kw), folder, progress=False) / "pool.json").read_text())["words"]
+    new = words(tmp_path / "new")
+    assert [new[c] for c in ("tvmonitor", "pottedplant", "diningtable", "cat")] == ["tv monitor", "potted plant", "dining table", "cat"]
+    bare = words(tmp_path / "old", image_names=None)
+    assert bare == {c: c for c in bare} == words(tmp_path / "old"), "a pool that was begun with the class names is continued with them"
+    with pytest.raises(ValueError, match="word for tvmonitor: use the same settings"): words(tmp_path / "new", image_names=("screen",) * 20)
+    assert profile("mini").image_names is profile("coco").image_names is None
+
+
 def test_interrupted_pool_continues_and_equals_an_uninterrupted_one(tmp_path):
     whole, broken = Painter(), Painter()
     files = pool(whole, tmp_path / "a", batch=4)
