@@ -243,8 +243,7 @@ def build_cache(
     if par is None and profile.cache_par:
         par = PAR(profile.par_dilations, profile.par_rounds).to(text.device)
     origin = _origin(clip, sd, profile, masks, par)
-    vectors = []
-    index = []
+    vectors, index = [], []
     for name in tqdm(names, disable=not progress):
         c, shots = profile.classes.index(name), class_images(images, name, profile.images_per_class)
         given = None if masks is None else list(masks[name])[: len(shots)]
@@ -253,13 +252,7 @@ def build_cache(
         compute = partial(pool_images, clip, sd, shots, text[c], profile, given, par, batch)
         vectors.append(keep_pooled(path, key, compute))
         index += [c] * len(shots)
-    meta = {
-        "name": profile.name,
-        **origin,
-        **pool_note(images),
-        "versions": versions(),
-        **how.pop("meta", {}),
-    }
+    meta = {"name": profile.name, **origin, **pool_note(images), "versions": versions()} | how.pop("meta", {})
     numbers = profile.centroids, profile.background_centroids
     foreground, background = map(torch.cat, zip(*vectors))
     return cache_from_pooled(foreground, background, index, text, profile.classes, *numbers, meta=meta, **how)

@@ -73,8 +73,8 @@ def affinity_loss(
     B, D, h, w = features.shape
     if target.shape != (B, h, w):
         raise ValueError(
-            f"features {tuple(features.shape)} and target {tuple(target.shape)} do not fit: give (B, D, h, w) and"
-            " (B, h, w), labels of patches"
+            f"features {tuple(features.shape)} and target {tuple(target.shape)} do not fit: give (B, D, h, w)"
+            " and (B, h, w), labels of patches"
         )
     f, y = F.normalize(features.flatten(2), dim=1), target.flatten(1)
     cosine = f.mT @ f

@@ -55,7 +55,7 @@ def test_mini_with_one_image(tmp_path, capsys):
     (run,) = record["runs"].values()
     check(run, 1)
     assert record["experiment"] == "speed" and all(name in out for name in STAGES) and bench.speed_table(run) in out
-    assert run["parameters"] == dict(profile="mini", random=False, images=1, device="cpu", precision="no", runs=1)
+    assert run["parameters"] == dict(profile="mini", random=False, images=1, device="cpu", precision="fp32", runs=1)
     run["rate"] = 7.
     bench.add_run(file, run)                                  # the same parameters: replaced
     bench.add_run(file, run | dict(parameters=run["parameters"] | dict(precision="bf16")))
@@ -77,7 +77,7 @@ def test_the_topology_of_voc_at_random_weights(monkeypatch):
     assert "pool, 20 x 50 images" in run["sums"] and "training, 20000 x 4 images" in run["sums"]
 
 
-@pytest.mark.parametrize("how, message", [(dict(precision="int8"), "no, bf16, fp16"), (dict(precision="fp16"), "--device cuda"), (dict(images=-1), "at least one"), (dict(runs=0), "at least one"),
+@pytest.mark.parametrize("how, message", [(dict(precision="int8"), "fp32, bf16, fp16"), (dict(precision="fp16"), "bf16"), (dict(images=-1), "at least one"), (dict(runs=0), "at least one"),
                                           (dict(profile="maxi"), "choose one of mini, voc, coco")])
 def test_refusals(how, message):
     with pytest.raises(ValueError, match=message): bench.diclip_bench(**how)

@@ -194,8 +194,8 @@ def _check_complete(net, part, found):
         )
     if not values_arrived(net, found.folder / part, found.variant):
         raise WeightsError(
-            f"The weights of the {part or 'UNet'} of {found.name} did not arrive: this version of transformers"
-            " or diffusers does not know their names; install a newer one."
+            f"The weights of the {part or 'UNet'} of {found.name} did not arrive: this version of"
+            " transformers or diffusers does not know their names; install a newer one."
         )
 
 
