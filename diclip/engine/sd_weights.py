@@ -198,7 +198,7 @@ def _check_complete(net, part, found):
             " transformers or diffusers does not know their names; install a newer one."
         )
 
-
+# %% ../../nbs/appendix/a4_sd_weights.ipynb #a4v00004
 def read_pipeline(found: Found):
     """diffusers' `StableDiffusionPipeline` in float32 on the CPU.
     Raises WeightsError if weights and configurations do not fit."""
