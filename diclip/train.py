@@ -62,11 +62,14 @@ def new_student(
     clip,  # a `DenseCLIP`: its width and depth shape the head
     profile,  # `Profile`
     cache=None,  # `Cache` to start the adapter from; None for a head alone
-    random: bool = False,  # an adapter of the same size with random weights (Table V)
+    random: (
+        bool | None
+    ) = None,  # an adapter of the same size with random weights (Table V); None: the profile's
     seed: int = 0,
 ) -> Student:
     "A fresh student. Raises ValueError for an unknown head."
     p = profile
+    random = p.adapter_start == "random" if random is None else random
     torch.manual_seed(seed)
     return Student(
         new_head(clip, p),
