@@ -1,0 +1,176 @@
+"The study: what is filed is what would be computed, a change costs what it changes, and nothing else is lost or taken for something else."
+import json, signal, subprocess, sys, time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diclip.app.experiment import Seeded
+from diclip.app.stages import READS, SOURCES, Plan, Study as Bare
+from diclip.app.tables import TABLES, measure, table_rows
+from diclip.cache import build_cache
+from diclip.config import Profile, get_profile
+from diclip.data import batch_images, export_voc, MiniWorld
+from diclip.engine.store import Store, facts_key
+from diclip.study import Study
+from diclip.supervision import class_maps
+
+torch.set_num_threads(1)
+FEW = ("boat", "plane", "bird")
+QUICK = dict(cached_classes=FEW, sd_draws=1, images_per_class=2, centroids=1, iterations=2, batch=2, head_width=16, prompts=2, par_rounds=1)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory): return Study("mini", tmp_path_factory.mktemp("stages"), None, n_train=3, n_choose=3, n_val=3, **QUICK)
+
+
+def by_the_method(s):
+    "Static CAMs of the scored images by the path of training and commands, nothing filed."
+    p, sd = s.profile, Seeded(s.sd, s.plan.seed)
+    from diclip.imagepool import profile_pool
+    cache = build_cache(s.clip, sd, profile_pool(s.sd, p, s.store.folder / "pool"), p, seed=s.plan.seed, progress=False)
+    x = batch_images(s.images("val")[:], p.crop)
+    with torch.no_grad(): return class_maps(s.clip, sd, s.text, x, s.labels("val"), p, cache)
+
+
+CHANGES = [{}, dict(alpha=2.), dict(timestep=300), dict(rounds=3), dict(rounds=0), dict(groups=4), dict(norm="minmax"), dict(beta=3.), dict(sharpness=2.),
+           dict(clustered=False), dict(text_weighted=False), dict(readout="dual"), dict(layers=3), dict(fusion="sd"), dict(sd_layers=(2, 3)), dict(seed=1, rounds=0),
+           dict(background_centroids=0), dict(mask_threshold=.3), dict(cached_classes=("boat", "car")), dict(redundancy=True), dict(relation="threshold")]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_what_is_filed_is_what_the_method_gives(study, change):
+    "All of them share one folder, so whatever a key leaves out would come back from another row."
+    s = study.at(**change)
+    found, want = s.maps("static", "val"), by_the_method(s)["static"]
+    assert (found - want).abs().mean() < 4e-3 and (found - want).abs().max() < .25, (found - want).abs().max()
+
+
+ORDER = ["attention", "refined", "features", "cache", "score"]
+
+
+@pytest.mark.parametrize("change, computed", [
+    (dict(beta=.7), "score"), (dict(sharpness=7.), "score"), (dict(centroids=2), "cache score"), (dict(alpha=3.), "features cache score"), (dict(tau_n=.1), "refined features cache score"),
+    (dict(timestep=77), "attention refined features cache score"), (dict(seed=5), "attention refined features cache score"), (dict(gamma=.8), ""), (dict(iterations=7), ""), (dict(scales=(1.,)), "")], ids=str)
+def test_a_change_costs_what_it_changes(study, change, computed):
+    study.score("static")
+    before = dict(study.store.made)
+    for _ in range(2): study.at(**change).score("static")     # the second time for nothing
+    new = {k: v - before.get(k, 0) for k, v in study.store.made.items() if v > before.get(k, 0)}
+    assert new == {k: 2 if k in ORDER[:3] else 1 for k in computed.split()}, "train and val make two arrays"
+
+
+def test_every_setting_is_read_by_a_stage_or_by_none():
+    named = [n for names in READS.values() for n in names]
+    assert len(named) == len(set(named)), "a setting has two stages"
+    models = "clip clip_weights sd sd_alternatives sd_unet sd_versions"       # in their fingerprints
+    elsewhere = "name scales view_mean cam_scales crf_rounds crf_position crf_bilateral affinity_score_threshold"
+    assert set(named) | set((models + " " + elsewhere).split()) == {f.name for f in fields(Profile)}
+    assert not set(named) & {f.name for f in fields(Plan)}, "a name of the plan and of the profile"
+
+
+@pytest.mark.parametrize("source", [s for s in SOURCES if s not in ("diffusion", "untrained")])
+def test_controls_go_the_same_way(study, source):
+    s = study.at(source=source)
+    t, matrix = s.score("vce")
+    assert matrix.images == 3 and 0 < t < 1 and 0 <= matrix.miou() <= 1
+    if source != "raw": assert not np.array_equal(s.features("val"), study.features("val"))
+    if source in ("clip", "hand"): assert s.at(source=source, seed=3, rounds=0).source_facts() == s.at(rounds=0).source_facts(), "no chance in it, no seed in its name"
+
+
+def test_a_head_goes_on_where_it_was_stopped(study, monkeypatch):
+    whole = study.at(iterations=4).student("static").state_dict()
+    from diclip import study as module
+    s, real = Study("mini", study.store.folder.parent / "again", None, n_train=3, n_choose=3, n_val=3, **QUICK | dict(iterations=4)), module.train
+    def stopped(learner, *rest, **how): return real(learner, *rest, **how | dict(save_every=2, evaluate=lambda l: 1 / 0, eval_every=3))
+    monkeypatch.setattr(module, "train", stopped)
+    with pytest.raises(ZeroDivisionError): s.student("static")
+    monkeypatch.undo()
+    for k, w in s.student("static").state_dict().items(): torch.testing.assert_close(w, whole[k])
+    assert [l["iteration"] for l in s.log("static")][-1] == 4
+    assert s.segmentation("static")[1].miou() == study.at(iterations=4).segmentation("static")[1].miou()
+
+
+def test_teachers_and_rows(study):
+    for teacher in ("vce", "dynamic", "masks"):
+        row = study.row(teacher, "head", draws=20)
+        assert row["low"] <= row["miou"] <= row["high"] and len(row["seeds"]) == 1 and row["memory"] > .1
+    rows = study.vary("beta", [.5, 2.], seeds=(0, 1), draws=20)
+    assert rows[.5]["difference"] == [0, 0, 0] and len(rows[2.]["seeds"]) == 2
+    plain, walk = (study.at(affinity=a).row("vce", "labels", draws=20) for a in (False, True))
+    assert plain["miou"] != walk["miou"]
+    for bad, message in ((lambda: study.student("nobody"), "choose one of vce"), (lambda: study.maps("none", "val"), "choose one of center"), (lambda: study.row("vce", "heads"), "choose one of cam"),
+                         (lambda: study.at(alpha=-1), "alpha=-1"), (lambda: study.at(alfa=1), "no setting alfa"), (lambda: study.at(n_val=-1), "negative"), (lambda: study.at(source="oracle").cache(), "another source")):
+        with pytest.raises(ValueError, match=message): bad()
+
+
+@pytest.mark.parametrize("name", ["mini", "voc", "coco"])
+def test_every_table_has_rows_for_every_profile(name, tmp_path):
+    for table in TABLES:
+        rows = table_rows(table, Study(name, tmp_path, None))
+        assert len(rows) >= 2 and all(kind in ("vce", "static", "dynamic") for kind, _ in rows.values())
+    voc = Study("voc", tmp_path, None)
+    paper = {"VIa": ("9", "groups", 9), "VIb": ("3", "layers", 3), "VIc": ("0.0005", "tau_n", .2), "VId": ("1", "alpha", 1.), "VIe": ("10", "centroids", 10),
+             "VIf": ("92", "prompts", 92), "VIg": ("0.5", "dynamic_beta", .5), "VIh": ("0.1", "cache_weight", .1), "VII": ("3", "rounds", 3), "XIV": ("50", "images_per_class", 50)}
+    for table, (row, setting, value) in paper.items():
+        p = table_rows(table, voc)[row][1].profile
+        assert getattr(p, setting) == pytest.approx(value) and p == get_profile("voc", **{setting: getattr(p, setting)}), "the paper's row is the profile"
+
+
+def test_a_table_is_measured_and_read_again(study):
+    found = measure("XIb", study, (0, 1), draws=20)
+    assert set(found) == {"Thresh.", "ACR"} and set(found["ACR"]) == {"Precision", "Recall", "mIoU"} and found["Thresh."]["mIoU"]["difference"] == [0, 0, 0]
+    before = dict(study.store.made)
+    again = measure("XIb", study, (0, 1), draws=20)
+    assert again["ACR"]["mIoU"]["value"] == found["ACR"]["mIoU"]["value"] and dict(study.store.made) == before
+    assert "Seg." not in measure("VIh", study, (0,), (), draws=20)["0.1"], "no heads asked for, none trained"
+
+
+def test_another_folder_of_pictures_is_another_study(tmp_path):
+    for k in (0, 4):
+        export_voc(MiniWorld("train", 8)[k:k + 4], tmp_path / f"d{k}", "train"); export_voc(MiniWorld("val", 8)[k:k + 4], tmp_path / f"d{k}", "val")
+    a, b = (Study("mini", tmp_path / "s", None, data=str(tmp_path / f"d{k}"), n_train=0, n_choose=4, n_val=0, rounds=0, sd_draws=1) for k in (0, 4))
+    assert a.score("vce")[1].images == 4 and a.score("vce")[1].miou() != b.score("vce")[1].miou()
+    assert a.images("val").facts != b.images("val").facts
+
+
+# ---- the store ---------------------------------------------------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time, numpy as np
+from diclip.engine.store import Store
+def rows(start):
+    for i in range(start, 40):
+        time.sleep(.05)
+        print(i, flush=True)
+        yield np.full((1, 3), i)
+print(Store(sys.argv[1]).array("slow", dict(a=1), (40, 3), rows)[:, 0].sum())
+"""
+
+
+def test_a_killed_stage_goes_on(tmp_path):
+    done = []
+    for _ in range(20):
+        run = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for line in run.stdout:
+            done.append(float(line))
+            if len(done) % 11 == 0: run.send_signal(signal.SIGKILL); break
+        if run.wait() == 0: break
+    assert done[-1] == sum(range(40)) and len(done) - 1 <= 40 + 4, "each kill costs the row that was under way"
+    assert not list(tmp_path.rglob("*.part")) and json.loads(next(tmp_path.rglob(facts_key(dict(a=1)) + ".json")).read_text()) == dict(a=1)
+
+
+def test_two_that_want_the_same_array_make_it_once(tmp_path):
+    runs = [subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    lines = [run.communicate()[0].split() for run in runs]
+    assert sorted(map(len, lines)) == [1, 41] and lines[0][-1] == lines[1][-1]
+
+
+def test_arrays_stay_on_disk_and_what_is_written_to_them_does_not(tmp_path):
+    store = Store(tmp_path)
+    a = store.array("x", {}, (4, 2), lambda start: [np.ones((4, 2))])
+    a[0] = 7
+    assert store.array("x", {}, (4, 2), None)[0, 0] == 1 and isinstance(a, np.memmap)
+    with pytest.raises(ValueError, match="3 rows were computed, not 4"): store.array("y", {}, (4, 2), lambda start: [np.ones((3, 2))])
