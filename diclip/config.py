@@ -84,8 +84,8 @@ class ModelSettings:
     sd_alternatives: Words = ("stabilityai/stable-diffusion-2-1",)  # tried where a user has them cached
     sd_unet: str = ""  # a folder whose UNet takes the place of the pipeline's (Table XIII)
     sd_versions: tuple[tuple[str, str, str], ...] = (  # to compare with: name, sd, sd_unet (Table XIII)
-        ("SD_v1.4", "CompVis/stable-diffusion-v1-4", ""),
-        ("SD_v1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
+        ("SD v1.4", "CompVis/stable-diffusion-v1-4", ""),
+        ("SD v1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
     )
     crop: PositiveInt = 320  # input size of CLIP, and of the diffusion model without sd_crop, pixels (log)
     sd_crop: NonNegativeInt | None = None  # its own input size, pixels; None or 0: the crop (32_sd)

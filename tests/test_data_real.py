@@ -491,7 +491,8 @@ def zipped(files):
 
 
 @pytest.mark.parametrize("name, content", [("a.tgz", tar({"ok": b"1", "../evil": b"2"})), ("a.tgz", tar({"/evil": b"2", "../../evil": b""})), ("a.zip", zipped({"ok": b"1", "../evil": b"2"})),
-                                           ("a.zip", zipped({"/evil": b"2"})), ("a.tgz", tar({"link/evil": b"2"}, [("link", "../..")])), ("a.zip", zipped({"C:\\evil": b"2"}))])
+                                           ("a.zip", zipped({"/evil": b"2"})), ("a.tgz", tar({"link/evil": b"2"}, [("link", "../..")])), ("a.zip", zipped({"C:\\evil": b"2"}))],
+                         ids="up absolute zip_up zip_absolute link drive".split())     # the bytes hold the time: two workers would see other names
 def test_archives_that_climb_out_are_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match="do not trust it"): unpack(tmp_path / name, tmp_path / "x/y", progress=False)

@@ -112,8 +112,9 @@ def test_every_table_has_rows_for_every_profile(name, tmp_path):
         rows = table_rows(table, Study(name, tmp_path, None))
         assert len(rows) >= 2 and all(kind in ("vce", "static", "dynamic") for kind, _ in rows.values())
     voc = Study("voc", tmp_path, None)
-    paper = {"VIa": ("9", "groups", 9), "VIb": ("3", "layers", 3), "VIc": ("0.0005", "tau_n", .2), "VId": ("1", "alpha", 1.), "VIe": ("10", "centroids", 10),
-             "VIf": ("92", "prompts", 92), "VIg": ("0.5", "dynamic_beta", .5), "VIh": ("0.1", "cache_weight", .1), "VII": ("3", "rounds", 3), "XIV": ("50", "images_per_class", 50)}
+    paper = {"VIa": ("9 groups", "groups", 9), "VIb": ("3 layers", "layers", 3), "VIc": ("threshold 5e-4", "tau_n", .2), "VId": ("attention weight 1.0", "alpha", 1.), "VIe": ("10 centroids", "centroids", 10),
+             "VIf": ("92 prompts (312 pairs)", "prompts", 92), "VIg": ("cache weight 0.5", "dynamic_beta", .5), "VIh": ("loss weight 0.1", "cache_weight", .1), "VII": ("3 iterations", "rounds", 3),
+             "XIV": ("50 images a class", "images_per_class", 50)}
     for table, (row, setting, value) in paper.items():
         p = table_rows(table, voc)[row][1].profile
         assert getattr(p, setting) == pytest.approx(value) and p == get_profile("voc", **{setting: getattr(p, setting)}), "the paper's row is the profile"
@@ -121,11 +122,11 @@ def test_every_table_has_rows_for_every_profile(name, tmp_path):
 
 def test_a_table_is_measured_and_read_again(study):
     found = measure("XIb", study, (0, 1), draws=20)
-    assert set(found) == {"Thresh.", "ACR"} and set(found["ACR"]) == {"Precision", "Recall", "mIoU"} and found["Thresh."]["mIoU"]["difference"] == [0, 0, 0]
+    assert set(found) == {"Thresholding", "ACR"} and set(found["ACR"]) == {"Precision", "Recall", "mIoU"} and found["Thresholding"]["mIoU"]["difference"] == [0, 0, 0]
     before = dict(study.store.made)
     again = measure("XIb", study, (0, 1), draws=20)
     assert again["ACR"]["mIoU"]["value"] == found["ACR"]["mIoU"]["value"] and dict(study.store.made) == before
-    assert "Seg." not in measure("VIh", study, (0,), (), draws=20)["0.1"], "no heads asked for, none trained"
+    assert measure("VIh", study, (0,), (), draws=20)["loss weight 0.1"] == {}, "no heads asked for, none trained"
 
 
 def test_another_folder_of_pictures_is_another_study(tmp_path):
