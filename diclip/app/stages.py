@@ -6,7 +6,7 @@
 __all__ = ['READS', 'SOURCES', 'KINDS', 'BATCH', 'Plan', 'Study', 'replaced', 'Images', 'Source', 'clip_attention', 'at_crop',
            'unpacked']
 
-# %% ../../nbs/6_use/68_stages.ipynb #1180cb99
+# %% ../../nbs/6_use/68_stages.ipynb #74fac077
 import hashlib
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -39,7 +39,7 @@ from diclip.retrieval import (
 from ..sd import load_sd
 from ..vce import diffusion_attention, profile_features, refine
 
-# %% ../../nbs/6_use/68_stages.ipynb #635b76cf
+# %% ../../nbs/6_use/68_stages.ipynb #47262beb
 READS = dict(
     attention="crop patch sd_crop timestep sd_layers sd_draws",
     refined="groups group_metric regroup relation tau_n rounds propagation",
@@ -57,7 +57,7 @@ READS = dict(
 )
 READS = {stage: names.split() for stage, names in READS.items()}
 
-# %% ../../nbs/6_use/68_stages.ipynb #1132ded0
+# %% ../../nbs/6_use/68_stages.ipynb #5360c444
 SOURCES = {  # name -> is there chance in it?
     "diffusion": True,
     "untrained": True,  # the same UNet with random weights
@@ -97,7 +97,7 @@ class Plan:
             raise ValueError("numbers of images and seeds must not be negative")
         as_dtype(self.precision, self.device)
 
-# %% ../../nbs/6_use/68_stages.ipynb #c574110f
+# %% ../../nbs/6_use/68_stages.ipynb #80450a58
 class Study:
     """A profile, its images, and a folder of what was computed.
     Raises ValueError for unknown settings and values out of range."""
@@ -142,7 +142,7 @@ def replaced(profile, changes) -> Profile:
         raise ValueError(f"no setting {', '.join(sorted(unknown))}: choose from the profile's or the plan's")
     return replace(profile, **changes)
 
-# %% ../../nbs/6_use/68_stages.ipynb #7cf64309
+# %% ../../nbs/6_use/68_stages.ipynb #e212665c
 @patch(as_prop=True)
 def clip(self: Study):
     "The `DenseCLIP` of the profile."
@@ -183,7 +183,7 @@ class Images:
     def __getitem__(self, i):
         return [self.read(j) for j in range(*i.indices(len(self)))] if isinstance(i, slice) else self.read(i)
 
-# %% ../../nbs/6_use/68_stages.ipynb #dbcf0e1b
+# %% ../../nbs/6_use/68_stages.ipynb #70632335
 BATCH = 25  # images at a time
 
 
@@ -213,7 +213,7 @@ def batches(self: Study, side: str, start: int = 0):
         some = images[i : i + BATCH]
         yield some, batch_images(some, self.profile.crop).to(self.plan.device), slice(i, i + len(some))
 
-# %% ../../nbs/6_use/68_stages.ipynb #f055222f
+# %% ../../nbs/6_use/68_stages.ipynb #6c974ba3
 @patch
 def read(self: Study, *stages) -> dict:
     "The settings that these stages read."
@@ -249,7 +249,7 @@ def encoder_facts(self: Study) -> dict:
     refined = dict(self.read("refined"), kmeans=self.plan.seed) if self.profile.rounds else dict(rounds=0)
     return facts | refined | self.read("features")
 
-# %% ../../nbs/6_use/68_stages.ipynb #270ef60a
+# %% ../../nbs/6_use/68_stages.ipynb #dbc47d10
 class Source:
     "A stand-in for the diffusion model whose attention is made by a rule."
 
@@ -288,7 +288,7 @@ def attending(self: Study):
     )
     return Seeded(sd, plan.seed)
 
-# %% ../../nbs/6_use/68_stages.ipynb #aafdaf22
+# %% ../../nbs/6_use/68_stages.ipynb #6a66e068
 def at_crop(samples, crop) -> Tensor:  # (b, crop, crop)
     "Masks at the size that the models see; pixels that nobody labeled are ignored."
     resize = lambda m: F.interpolate(torch.as_tensor(m)[None, None].float(), (crop, crop), mode="nearest")
@@ -313,7 +313,7 @@ def attention(self: Study, side: str) -> np.ndarray:  # (n, N, N) half precision
     facts = self.source_facts() | self.images(side).facts
     return self.store.array("attention", facts, (n, N, N), rows)
 
-# %% ../../nbs/6_use/68_stages.ipynb #f51d3fad
+# %% ../../nbs/6_use/68_stages.ipynb #787fb274
 def unpacked(array, rows, device="cpu") -> Tensor:
     "Rows of an array on disk, float32, each distribution summing to 1 again."
     return row_normalize(torch.from_numpy(np.array(array[rows])).to(device).float())
@@ -336,7 +336,7 @@ def refined(self: Study, side: str) -> np.ndarray:  # (n, N, N) half precision, 
     facts = self.source_facts() | self.images(side).facts | self.read("refined") | dict(kmeans=self.plan.seed)
     return self.store.array("refined", facts, A.shape, rows)
 
-# %% ../../nbs/6_use/68_stages.ipynb #363e8a33
+# %% ../../nbs/6_use/68_stages.ipynb #1e5b2412
 @patch
 @torch.no_grad()
 def features(self: Study, side: str) -> np.ndarray:  # (n, N, d) half precision, on disk
@@ -358,7 +358,7 @@ def features(self: Study, side: str) -> np.ndarray:  # (n, N, d) half precision,
     facts = self.encoder_facts() | self.images(side).facts
     return self.store.array("features", facts, shape, rows)
 
-# %% ../../nbs/6_use/68_stages.ipynb #dcf3d3f2
+# %% ../../nbs/6_use/68_stages.ipynb #dc185a4c
 @patch
 def cache_facts(self: Study) -> dict:
     "What the cache depends on."
@@ -367,7 +367,14 @@ def cache_facts(self: Study) -> dict:
     )
     if self.profile.cache_par:
         facts |= {k: getattr(self.profile, k) for k in ("par_dilations", "par_rounds")}
-    return facts | (dict(drawn_by=self.sd.fingerprint) if not self.plan.pool else {})
+    return facts | ({} if self.plan.pool else self.pool_facts())
+
+
+@patch
+def pool_facts(self: Study) -> dict:
+    "What generated images depend on; how many there are is none of it."
+    names = "classes prompt image_names sampler steps guidance size".split()
+    return dict(drawn_by=self.sd.fingerprint) | {k: getattr(self.profile, k) for k in names}
 
 
 @patch
@@ -379,7 +386,9 @@ def cache(self: Study) -> Cache:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
-            images = plan.pool or profile_pool(self.sd, p, folder / f"pool_{p.name}", progress=False)
+            images = plan.pool or profile_pool(
+                self.sd, p, self.store.path("pool", self.pool_facts(), ""), progress=False
+            )
             kept = folder / "pooled" / path.stem
             made = build_cache(
                 self.clip, self.attending(), images, p, seed=plan.seed, workdir=kept, progress=False
@@ -389,7 +398,7 @@ def cache(self: Study) -> Cache:
     found = Cache.load(path)
     return found.rolled(plan.rolled) if plan.rolled else found
 
-# %% ../../nbs/6_use/68_stages.ipynb #a1640d67
+# %% ../../nbs/6_use/68_stages.ipynb #988e4ede
 @patch
 @torch.no_grad()
 def maps(
@@ -425,7 +434,7 @@ def _with_cache(self: Study, kind, f, M, y):
     found = cache_cam(f, cache, p.sharpness, norm=p.norm)
     return found * y[..., None] if kind == "cache" else static_cam(M, found, p.beta, y, p.norm)
 
-# %% ../../nbs/6_use/68_stages.ipynb #0f434d04
+# %% ../../nbs/6_use/68_stages.ipynb #15e99b46
 @patch
 def map_facts(self: Study, kind: str) -> dict:
     "What maps of one kind depend on, beside the images."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOTH', 'SCORES', 'CAM', 'HEAD', 'TABLES', 'layers', 'taus', 'prompts', 'SWEEPS', 'rounds', 'counts', 'images', 'none',
-           'parts', 'SEGMENTED', 'FUSED', 'DRAWN', 'Row', 'Column', 'Table', 'times', 'sweep', 'share', 'named',
-           'versions', 'get_table', 'table_rows', 'measure']
+           'parts', 'SEGMENTED', 'FUSED', 'DRAWN', 'LABELS', 'SAMPLERS', 'RETRIEVED', 'Row', 'Column', 'Table', 'times',
+           'sweep', 'share', 'named', 'versions', 'drawing', 'get_table', 'table_rows', 'measure']
 
 # %% ../../nbs/6_use/70_tables.ipynb #a8f5bc08
 from dataclasses import dataclass
@@ -29,9 +29,10 @@ class Row:
 class Column:
     "A score of a table."
 
-    of: str = "head"  # "cam", or the "head" that is trained on it
+    of: str = "head"  # "cam", the "labels" that are made of it, or the "head" that is trained on them
     score: str = "miou"  # "miou", "precision", "recall", as `summarize` names them
     kind: str = ""  # a kind of map in the place of the row's
+    changes: tuple = ()  # ((setting, value), ...) beside the row's
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,41 @@ def versions(profile) -> dict:
 
 TABLES["XIII"] = Table("Diffusion models", versions, DRAWN, "SD v2.1")
 
-# %% ../../nbs/6_use/70_tables.ipynb #59d5934a
+# %% ../../nbs/6_use/70_tables.ipynb #27c4a202
+LABELS = {
+    "VOC train CAM mIoU": Column("cam"),
+    "labels by PAR": Column("labels", changes=(("affinity", False),)),
+}
+LABELS["labels by affinity and PAR"] = Column("labels", changes=(("affinity", True),))
+TABLES["III"] = Table(
+    "CAMs and the labels that are made of them",
+    {
+        "raw CLIP": Row("vce", dict(source="raw")),
+        "DiCLIP (VCE)": Row("vce"),
+        "DiCLIP (static cache)": Row("static"),
+        "DiCLIP (adapter)": Row("dynamic"),
+    },
+    LABELS,
+    "DiCLIP (VCE)",
+)
+
+
+def drawing(name, part):
+    "A few images a class, drawn by one sampler in a share of the profile's steps."
+    steps = lambda profile: max(1, round(profile.steps * part))
+    return Row("static", dict(sampler=name, steps=steps, images_per_class=20))
+
+
+SAMPLERS = {
+    "DDIM, all steps": drawing("ddim", 1),
+    "DDIM, half": drawing("ddim", 0.5),
+    "DDIM, a fifth": drawing("ddim", 0.2),
+}
+SAMPLERS |= {"DPM-Solver++, half": drawing("dpm++", 0.5), "DPM-Solver++, a fifth": drawing("dpm++", 0.2)}
+RETRIEVED = {"CAM mIoU": Column("cam"), "retrieval alone": Column("cam", kind="cache")}
+TABLES["sampler"] = Table("How images are drawn", SAMPLERS, RETRIEVED, "DDIM, all steps")
+
+# %% ../../nbs/6_use/70_tables.ipynb #d96f6ce2
 def get_table(name) -> Table:
     "A table by its number. Raises ValueError for another."
     if name not in TABLES:
@@ -218,15 +253,15 @@ def measure(
     "All cells of a table. Raises ValueError as `table_rows` does."
     rows, table, found = table_rows(name, study), get_table(name), {}
     base = rows.get(table.base, next(iter(rows.values())))
-    for row, (kind, here) in rows.items():
+    for row, (kind, study_of) in rows.items():
         found[row] = {}
         for column, c in table.columns.items():
-            k = c.kind or kind
+            k, here = c.kind or kind, study_of.at(**dict(c.changes))
             trained = c.of == "head" or k == "dynamic"
             which = head_seeds if trained else seeds
             if not which or (k == "center" and c.of == "head"):
                 continue
-            against = None if c.score != "miou" else (c.kind or base[0], base[1])
+            against = None if c.score != "miou" else (c.kind or base[0], base[1].at(**dict(c.changes)))
             r = here.row(k, c.of, tuple(which), draws, against)
             found[row][column] = r | dict(value=r[c.score])
             done(row, column)
