@@ -15,7 +15,7 @@ setup(
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3",
                  "Topic :: Scientific/Engineering :: Image Recognition"],
     packages=find_packages(include=["diclip", "diclip.*"]),
-    package_data={"diclip": ["weights/**/*", "pool/**/*"]},
+    package_data={"diclip": ["weights/**/*", "pool/**/*", "results/*.csv"]},
     include_package_data=True, python_requires=f">={cfg['min_python']}", zip_safe=False,
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={
