@@ -8,6 +8,7 @@ __all__ = ['image_seed', 'generate_pool', 'read_pool', 'class_images', 'pool_not
 # %% ../nbs/appendix/a5_imagepool.ipynb #63854186
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,16 @@ def pool_note(images) -> dict:  # pool (all settings, None for arrays) and promp
     return {"pool": pool, "prompt": pool and pool.get("prompt")}
 
 # %% ../nbs/appendix/a5_imagepool.ipynb #e583364f
+def _made_so(folder, sd, profile, words) -> bool:
+    "Was this pool made by this model as the profile says?"
+    note = pool_note(folder)["pool"]
+    if note is None or not words.items() <= note["words"].items():
+        return False
+    how = dict(model=sd.fingerprint, prompt=profile.prompt, sampler=profile.sampler, steps=profile.steps)
+    how |= dict(guidance=profile.guidance, size=list(sd.picture_size(profile.size)))
+    return how.items() <= ({"sampler": "ddim"} | note).items()
+
+
 def profile_pool(
     sd,  # the model that draws
     profile,  # the `Profile` that says what
@@ -165,16 +176,17 @@ def profile_pool(
     remake=False,  # draw in any case
     progress=True,
 ) -> Path:
-    "The folder with the images of a profile's cache."
+    """The folder with the images of a profile's cache. Where a shipped pool was made as the profile says but
+    has too few, drawing goes on behind a copy of it."""
     import diclip
 
     shipped = Path(diclip.__file__).parent / "pool" / profile.name
-    record = json.loads((shipped / "pool.json").read_text()) if (shipped / "pool.json").is_file() else {}
     words = dict(zip(profile.classes, profile.image_names or profile.classes))
-    asked = record.get("prompt") == profile.prompt and words.items() <= record["words"].items()
-    asked = asked and record.get("sampler", "ddim") == profile.sampler
-    if not remake and asked and record["model"] == sd.fingerprint:
-        return shipped
+    if not remake and _made_so(shipped, sd, profile, words):
+        if all((shipped / c / f"{profile.images_per_class - 1:04d}.png").is_file() for c in words):
+            return shipped
+        if not (Path(folder) / "pool.json").exists():
+            shutil.copytree(shipped, folder, dirs_exist_ok=True)
     begun = (pool_note(folder)["pool"] or {}).get("words", {})
     words = {c: c if begun.get(c) == c else w for c, w in words.items()}
     generate_pool(

@@ -342,7 +342,7 @@ def test_bad_requests_are_refused(mini, kw, message):
 class Painter:
     fingerprint, drawn, stop_after = "painter:1", 0, None
 
-    def picture_size(self, size=None): return (16, 24) if size is None else size
+    def picture_size(self, size=None): return (16, 24) if size is None else (size, size) if isinstance(size, int) else size
 
     def generate(self, prompts, seeds, steps, guidance, size, sampler):
         if self.stop_after is not None and self.drawn >= self.stop_after: raise KeyboardInterrupt
@@ -438,14 +438,19 @@ def test_two_samplers_are_never_in_one_pool(tmp_path):
     with pytest.raises(ValueError, match="another sampler"): pool(painter, tmp_path / "q")
 
 
-def test_the_shipped_pool_belongs_to_its_sampler(tmp_path):
+def test_the_shipped_pool_belongs_to_how_it_was_made(tmp_path):
     from diclip.imagepool import profile_pool
-    painter, p = Painter(), profile("mini", images_per_class=1, size=(16, 24))
+    painter, p = Painter(), profile("mini", images_per_class=1)
     import diclip
     from pathlib import Path
-    painter.fingerprint = json.loads((Path(diclip.__file__).parent / "pool/mini/pool.json").read_text())["model"]
-    assert profile_pool(painter, p, tmp_path / "p", progress=False).name == "mini" and painter.drawn == 0
-    assert profile_pool(painter, replace(p, sampler="dpm++"), tmp_path / "p", progress=False) == tmp_path / "p" and painter.drawn == 8
+    shipped = Path(diclip.__file__).parent / "pool/mini"
+    painter.fingerprint = json.loads((shipped / "pool.json").read_text())["model"]
+    assert profile_pool(painter, p, tmp_path / "p", progress=False) == shipped and painter.drawn == 0
+    for i, other in enumerate((dict(sampler="dpm++"), dict(steps=3), dict(guidance=2.), dict(size=(16, 24)), dict(prompt="a {category}"))):
+        assert profile_pool(painter, replace(p, **other), tmp_path / str(i), progress=False) == tmp_path / str(i) and painter.drawn == 8 * (i + 1), other
+    more = profile_pool(painter, replace(p, images_per_class=51), tmp_path / "more", progress=False)
+    assert painter.drawn == 8 * 6 and len(list(more.glob("*/*.png"))) == 8 * 51, "one more of each class, behind a copy of the others"
+    assert (more / "cat/0007.png").read_bytes() == (shipped / "cat/0007.png").read_bytes() and len(list(shipped.glob("*/*.png"))) == 8 * 50
 
 
 @settings(deadline=None, max_examples=25)
