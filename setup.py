@@ -17,7 +17,7 @@ setup(
     packages=find_packages(include=["diclip", "diclip.*"]),
     package_data={"diclip": ["weights/**/*", "pool/**/*", "results/*.csv"]},
     include_package_data=True, python_requires=f">={cfg['min_python']}", zip_safe=False,
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "slurm": cfg["slurm_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

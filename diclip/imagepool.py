@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from .engine.files import write_atomic
+from .engine.shard import share
 
 # %% ../nbs/appendix/a5_imagepool.ipynb #22626dd1
 def image_seed(
@@ -82,8 +83,10 @@ def generate_pool(
     batch=8,  # images drawn at a time
     progress=True,  # show a bar over images
     sampler="ddim",  # as in `generate`
+    part=(0, 1),  # (i, n): only every n-th batch from the i-th on is drawn here, see `read_shard`
 ) -> dict:  # {class: [path, ...]}
-    """Draw `per_class` images of every class (D.1), but those that are there.
+    """Draw `per_class` images of every class (D.1), but those that are there. The batches are those of the
+    whole list, whoever draws them.
     Raises ValueError for a pool made in another way."""
     from tqdm import tqdm
 
@@ -104,16 +107,16 @@ def generate_pool(
         ),
     )
     paths = {(c, i): folder / c / f"{i:04d}.png" for c in words for i in range(per_class)}
-    todo = [key for key, path in paths.items() if not _complete(path, size)]
-    with tqdm(total=len(paths), initial=len(paths) - len(todo), disable=not progress, unit="image") as bar:
-        for part in (todo[i : i + batch] for i in range(0, len(todo), batch)):
-            prompts, seeds = [prompt.replace("{category}", words[c]) for c, _ in part], [
-                image_seed(seed, *key) for key in part
-            ]
-            drawn = sd.generate(prompts, seeds, steps=steps, guidance=guidance, size=size, sampler=sampler)
-            for key, x in zip(part, drawn):
+    how = dict(steps=steps, guidance=guidance, size=size, sampler=sampler)
+    batches = share([list(paths)[i : i + batch] for i in range(0, len(paths), batch)], part)
+    with tqdm(total=sum(map(len, batches)), disable=not progress, unit="image") as bar:
+        for keys in batches:
+            todo = [key for key in keys if not _complete(paths[key], size)]
+            prompts = [prompt.replace("{category}", words[c]) for c, _ in todo]
+            drawn = sd.generate(prompts, [image_seed(seed, *key) for key in todo], **how) if todo else ()
+            for key, x in zip(todo, drawn):
                 write_atomic(paths[key], lambda p: Image.fromarray(x).save(p, "PNG"))
-            bar.update(len(part))
+            bar.update(len(keys))
     return {c: [paths[c, i] for i in range(per_class)] for c in words}
 
 # %% ../nbs/appendix/a5_imagepool.ipynb #ffa77bcf
@@ -175,6 +178,7 @@ def profile_pool(
     folder,  # drawn into, where no pool ships or the shipped one is another model's
     remake=False,  # draw in any case
     progress=True,
+    part=(0, 1),  # what is drawn here, as in `generate_pool`
 ) -> Path:
     """The folder with the images of a profile's cache. Where a shipped pool was made as the profile says but
     has too few, drawing goes on behind a copy of it."""
@@ -200,5 +204,6 @@ def profile_pool(
         guidance=profile.guidance,
         size=profile.size,
         progress=progress,
+        part=part,
     )
     return Path(folder)

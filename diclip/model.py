@@ -271,10 +271,10 @@ def load_samples(samples, on_error="stop") -> list:
 
 # %% ../nbs/6_use/61_model.ipynb #e35df6ac
 @patch
-def build_cache(self: DiCLIP, folder, progress=True) -> Cache:
-    """Images of the profile (those that ship, or drawn into `folder`/pool) as a cache, (8)-(10); the model
-    uses it from now on."""
-    pool = profile_pool(self.sd, self.profile, Path(folder) / "pool", progress=progress)
+def build_cache(self: DiCLIP, folder, progress=True, pool=None) -> Cache:
+    """Images of the profile (those that ship, or drawn into `pool`, by default `folder`/pool) as a cache,
+    (8)-(10); the model uses it from now on."""
+    pool = profile_pool(self.sd, self.profile, pool or Path(folder) / "pool", progress=progress)
     self.use_cache(
         make_cache(self.clip, self.sd, pool, self.profile, progress=progress, workdir=Path(folder) / "pooled")
     )

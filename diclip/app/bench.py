@@ -18,11 +18,12 @@ import torch
 from fastcore.script import call_parse
 from torch import Tensor
 from torch.nn import functional as F
-from .experiment import environment, save_record
+from .experiment import environment
 from ..cache import Cache
 from ..cam import patch_text_cam
 from ..clip import DenseCLIP, load_clip
 from ..config import get_profile
+from ..engine.files import write_json
 from ..engine.sd_weights import local_folder, quiet
 from ..keys import cache_values
 from ..model import as_dtype
@@ -350,7 +351,7 @@ def add_run(
     name = (
         f"{p['profile']}, {weights} weights, {p['images']} images, {p['device']}, precision {p['precision']}"
     )
-    return save_record(path, **record | dict(runs=record["runs"] | {name: run}))
+    return write_json(path, record | dict(runs=record["runs"] | {name: run}))
 
 # %% ../../nbs/6_use/65_speed.ipynb #65a00028
 @call_parse

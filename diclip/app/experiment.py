@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'by_size', 'choose_threshold', 'score', 'center_prior', 'summarize', 'paired_difference', 'verdict',
-           'batched', 'Seeded', 'format_table', 'environment', 'save_record']
+           'batched', 'Seeded', 'format_table', 'peak_memory', 'environment', 'save_record']
 
 # %% ../../nbs/6_use/62_experiment.ipynb #8e2113cd
-import platform, subprocess
+import json
+import platform
+import subprocess
+import sys
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+import diclip
+from .records import check_record
 from ..cam import resize_maps
 from ..engine.files import write_json
 from ..metrics import ConfusionMatrix, cam_confusion, mean_score, threshold_matrices
@@ -155,40 +160,71 @@ def format_table(
         )
     return "\n".join(lines)
 
-# %% ../../nbs/6_use/62_experiment.ipynb #3933cb09
-def environment(device="cpu") -> dict:
-    "Commit, library versions and hardware of this run."
+# %% ../../nbs/6_use/62_experiment.ipynb #62d00001
+def _git(*ask: str):  # text, or None where git has no answer
+    "What git says about the clone that the package is in."
+    here = Path(diclip.__file__).parent
     try:
-        ask = ["git", "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(ask, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10)
-        commit = done.stdout.strip()
-    except (OSError, NameError, subprocess.SubprocessError):
-        commit = ""
+        done = subprocess.run(["git", *ask], capture_output=True, text=True, cwd=here, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
-    def version(name):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
 
-    hardware = (
-        torch.cuda.get_device_name()
-        if str(device).startswith("cuda")
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+def _code() -> dict:
+    "The commit, and whether tracked files other than records differ from it; unknown outside a clone."
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return dict(commit="", dirty=None)
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)nbs/results")
     return dict(
-        commit=commit,
+        commit=_git("rev-parse", "--short", "HEAD") or "", dirty=None if changed is None else bool(changed)
+    )
+
+# %% ../../nbs/6_use/62_experiment.ipynb #62d00003
+def peak_memory(device="cpu") -> float:  # GB; None where the system does not tell
+    "The most memory that this process has held: on the GPU with cuda, in main memory with cpu."
+    if str(device).startswith("cuda"):
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    status = Path("/proc/self/status")
+    if status.exists():
+        (held,) = (l for l in status.read_text().splitlines() if l.startswith("VmHWM"))
+        return round(int(held.split()[1]) * 1024 / 1e9, 2)
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+# %% ../../nbs/6_use/62_experiment.ipynb #3933cb09
+_LIBRARIES = ("diclip", "torch", "open_clip_torch", "diffusers", "transformers", "scikit-learn")
+
+
+def _version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device="cpu") -> dict:
+    "Commit, peak memory so far, library versions and hardware of this run; call it at the end."
+    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return dict(
+        **_code(),
         date=date.today().isoformat(),
         device=str(device),
-        hardware=hardware,
+        hardware=torch.cuda.get_device_name() if str(device).startswith("cuda") else threads,
+        memory=peak_memory(device),
         python=platform.python_version(),
-        versions={
-            n: version(n)
-            for n in ("diclip", "torch", "open_clip_torch", "diffusers", "transformers", "scikit-learn")
-        },
+        versions={n: _version(n) for n in _LIBRARIES},
     )
 
 # %% ../../nbs/6_use/62_experiment.ipynb #8a6db09b
-def save_record(path, **record) -> Path:
-    "Write a JSON record atomically."
+def save_record(
+    path,  # of the JSON file
+    **record,  # what `diclip.app.records.schema` asks for, and more
+) -> Path:
+    "Check a record and write it atomically. Raises ValueError, one sentence, for an incomplete one."
+    check_record(json.loads(json.dumps(record, default=str)), complete=True)
     return write_json(path, record)

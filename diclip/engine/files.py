@@ -10,6 +10,7 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 # %% ../../nbs/appendix/a1_files.ipynb #9a63e1df
 @contextmanager
@@ -18,7 +19,7 @@ def replacing(path):
     Makes missing folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         yield beside
         os.replace(beside, path)
