@@ -24,12 +24,6 @@ def judged(
         low, high = -high, -low
     return "holds" if low > 0 else "reversed" if high < 0 else "not shown"
 
-
-test_eq(
-    [judged([1, 0.2, 2], 5), judged([1, 0.2, 2], -5), judged([1, -0.2, 2], 5)],
-    ["holds", "reversed", "not shown"],
-)
-
 # %% ../../nbs/6_use/72_results.ipynb #fb4fff3f
 def published(name: str) -> dict:  # {(row, column): value}
     "The paper's numbers of a table; none for a table that is ours."
