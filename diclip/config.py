@@ -388,6 +388,7 @@ MINI = Profile(
     crf_bilateral=(13, 3, 4),
 )  # 55_infer, d2_crf
 
+# %% ../nbs/1_ground/11_config.ipynb #11cc0001
 PROFILES = {p.name: p for p in (MINI, VOC, COCO)}
 
 # %% ../nbs/1_ground/11_config.ipynb #3562f4a9

@@ -171,7 +171,7 @@ def _made_so(folder, sd, profile, words) -> bool:
     how |= dict(guidance=profile.guidance, size=list(sd.picture_size(profile.size)))
     return how.items() <= ({"sampler": "ddim"} | note).items()
 
-
+# %% ../nbs/appendix/a5_imagepool.ipynb #a5cc0001
 def profile_pool(
     sd,  # the model that draws
     profile,  # the `Profile` that says what

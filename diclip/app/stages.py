@@ -376,7 +376,7 @@ def pool_facts(self: Study) -> dict:
     names = "classes prompt image_names sampler steps guidance size".split()
     return dict(drawn_by=self.sd.fingerprint) | {k: getattr(self.profile, k) for k in names}
 
-
+# %% ../../nbs/6_use/69_stages.ipynb #69cc0001
 @patch
 @torch.no_grad()
 def cache(self: Study) -> Cache:
