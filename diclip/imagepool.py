@@ -9,6 +9,7 @@ __all__ = ['image_seed', 'generate_pool', 'read_pool', 'class_images', 'pool_not
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ def pool_note(images) -> dict:  # pool (all settings, None for arrays) and promp
     pool = json.loads(note.read_text()) if note and note.exists() else None
     return {"pool": pool, "prompt": pool and pool.get("prompt")}
 
-# %% ../nbs/appendix/a5_imagepool.ipynb #e583364f
+# %% ../nbs/appendix/a5_imagepool.ipynb #a5c00103
 def _made_so(folder, sd, profile, words) -> bool:
     "Was this pool made by this model as the profile says?"
     note = pool_note(folder)["pool"]
@@ -171,7 +172,13 @@ def _made_so(folder, sd, profile, words) -> bool:
     how |= dict(guidance=profile.guidance, size=list(sd.picture_size(profile.size)))
     return how.items() <= ({"sampler": "ddim"} | note).items()
 
-# %% ../nbs/appendix/a5_imagepool.ipynb #a5cc0001
+
+def _copy_pool(source, target):
+    "Copy a pool, its note last: where the note is, all images are, whoever else copies or draws."
+    for f in sorted(source.rglob("*.*"), key=lambda f: f.name == "pool.json"):
+        write_atomic(target / f.relative_to(source), partial(shutil.copyfile, f))
+
+# %% ../nbs/appendix/a5_imagepool.ipynb #e583364f
 def profile_pool(
     sd,  # the model that draws
     profile,  # the `Profile` that says what
@@ -190,7 +197,7 @@ def profile_pool(
         if all((shipped / c / f"{profile.images_per_class - 1:04d}.png").is_file() for c in words):
             return shipped
         if not (Path(folder) / "pool.json").exists():
-            shutil.copytree(shipped, folder, dirs_exist_ok=True)
+            _copy_pool(shipped, Path(folder))
     begun = (pool_note(folder)["pool"] or {}).get("words", {})
     words = {c: c if begun.get(c) == c else w for c, w in words.items()}
     generate_pool(

@@ -20,10 +20,10 @@ def new_record(**more):
 
 
 def test_the_committed_records_are_records_and_small():
-    assert {p.stem for p in RECORDS} == {"adapter", "choices", "components", "components_rendered", "controls", "training", "training_test"}
+    assert {p.stem for p in RECORDS} >= {"adapter", "choices", "components", "components_rendered", "controls", "training", "training_test"}
     for path in RECORDS:
         record = R.read_record(path)
-        assert path.stat().st_size < 20_000, path.name
+        assert path.stat().st_size < 50_000, path.name
         if {"dirty", "memory"} <= set(record["environment"]): R.check_record(record, complete=set(f.name for f in fields(Profile)) <= set(record["settings"]))
 
 
@@ -75,8 +75,8 @@ def test_the_table(tmp_path):
     pytest.importorskip("pandas")
     t = R.records()
     rows = sum(len(json.loads(p.read_text()).get(k, ())) for p in RECORDS for k in R.TABLES)
-    assert len(t) == rows and not t.miou.isna().any() and set(t.profile) == {"mini"} and set(t.split) == {"train", "val", "test"}
-    assert set(t[t.experiment == "components"].n) == {400} and set(t[t.record == "training"].table) == {"results", "cams", "inference"}
+    assert len(t) == rows and not t.miou.isna().any() and set(t.profile) == {"mini"} and set(t.split) >= {"train", "val", "test"}
+    assert set(t[t.record == "components"].n) == {400} and set(t[t.record == "training"].table) == {"results", "cams", "inference"}
     for name, folder in (("one", ""), ("two", "deep/"), ("three", ".hidden/")):
         path = tmp_path / f"{folder}{name}.json"
         path.parent.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ import pytest
 
 import diclip.app.jobs as jobs_of
 import diclip.app.sweep as S
+from diclip.app.records import record_files
 from diclip.app.repro import check_parameters, notebook_parameters
 from diclip.engine.shard import share
 
@@ -81,6 +82,7 @@ def test_every_combination_once():
     assert Counter(j.parameters.get("seed", 0) for j in jobs) == {0: 4, 1: 4}
     assert {json.dumps(j.parameters.get("overrides")) for j in jobs} == {'{"beta": 0.0}', '{"beta": 1.0}'}
     assert [j.parameters.get("seed") for j in plan(seeds=[3, 5])] == [3, 5] and len(plan(vary=dict(width=[.3, .3]))) == 1
+    assert S.plan_given("many", dict(seeds=2)) == S.plan("many", seeds=2) and len(S.plan_given("toy", dict(seeds=2, width=1))) == 2
     assert S.plan("many", seeds=2)[0].parameters == dict(seeds=2) and S.plan("many", seeds=[0, 1, 2])[0].parameters == {}
 
 
@@ -127,11 +129,11 @@ def test_the_experiments_of_the_project(monkeypatch):
 def test_the_file_of_the_records(monkeypatch):
     monkeypatch.delenv("DICLIP_EXPERIMENTS")
     jobs = S.read_jobs(ROOT / "nbs/experiments/mini.yaml")
-    assert {j.record for j in jobs} | {"training_test"} == {p.stem for p in (ROOT / "nbs/results").glob("*.json")} - {"judge", "model_card", "pages", "speed"}
+    committed = {p.relative_to(ROOT / "nbs/results").with_suffix("").as_posix(): p for p in record_files(ROOT / "nbs/results")}
+    assert set(committed) <= {j.record for j in jobs} | {"training_test"} and len({j.record for j in jobs}) == len({j.key for j in jobs}) == len(jobs)
     assert {j.experiment for j in jobs} == {p.stem for p in (ROOT / "nbs/experiments").glob("*.ipynb")}
-    for j in jobs:
-        ran = json.loads((ROOT / f"nbs/results/{j.record}.json").read_text())["parameters"]
-        asked = jobs_of._asked(j)[0]
+    for j in (j for j in jobs if j.record in committed):
+        ran, asked = json.loads(committed[j.record].read_text())["parameters"], jobs_of._asked(j)[0]
         assert not {k for k in asked if k in ran and ran[k] != asked[k] and k != "iterations"}, j.record      # 0 iterations are the profile's
 
 
@@ -308,7 +310,7 @@ def test_shards_do_all_runs_once(tmp_path):
 
 @pytest.mark.parametrize("how, message", [(dict(experiments=["tyo"]), "unknown experiment"), (dict(), "name an experiment"), (dict(experiments=["toy"], vary=["width"]), "'width': write NAME=VALUE"), (dict(experiments=["toy"], vary=["alhpa=1,2"]), "unknown name 'alhpa'"),
     (dict(experiments=["toy"], set=["alpha=-1"]), "setting alpha=-1"), (dict(experiments=["toy"], jobs=0), "jobs=0"), (dict(experiments=["toy"], shard="2/2"), "shard '2/2'"), (dict(experiments=["toy"], profile="maxi"), "unknown profile"), (dict(file="none.yaml"), "none.yaml"),
-    (dict(experiments=["toy"], slurm=["x"]), "write NAME=VALUE")])
+    (dict(experiments=["toy"], slurm=["x"]), "write NAME=VALUE"), (dict(experiments=["toy"], set=["record=x"]), "record cannot be set"), (dict(experiments=["toy"], set=["seeds=0.5"]), "give a number or a list"), (dict(experiments=["bare"], set=["seeds=2"]), "neither seed nor seeds")])
 def test_the_command_refuses_before_anything_runs(how, message, tmp_path):
     with pytest.raises(SystemExit) as e: S.diclip_sweep(**dict(out=str(tmp_path / "out")) | how)
     assert str(e.value).startswith("error: ") and message in str(e.value) and not (tmp_path / "out").exists()

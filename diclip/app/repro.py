@@ -148,8 +148,8 @@ def _check_name(name, experiment, parameters):
     if name not in names:
         near = get_close_matches(name, names, 3) or parameters
         raise ValueError(
-            f"unknown name {name!r}: neither a parameter of {experiment} nor a setting of its profile; did you"
-            f" mean {', '.join(near)}?"
+            f"unknown name {name!r}: neither a parameter of {experiment} nor a setting of its profile;"
+            f" did you mean {', '.join(near)}?"
         )
 
 # %% ../../nbs/6_use/63_repro.ipynb #63c00012
@@ -287,7 +287,5 @@ def diclip_repro(
         check_gpu(device)
     for experiment, parameters in runs:
         print("\n" + _table(run_notebook(experiment, out, **parameters)) + "\n")
-    print(
-        f"{(time.time() - start) / 60:.1f} minutes. Records, executed notebooks and reports: {out}/*.json,"
-        " *.ipynb, *.html"
-    )
+    minutes = (time.time() - start) / 60
+    print(f"{minutes:.1f} minutes. Records, executed notebooks and reports: {out}/*.json, *.ipynb, *.html")

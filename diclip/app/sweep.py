@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse
-from .jobs import Job, finished, noted, plan, publish, read_jobs
+from .jobs import Job, finished, noted, plan, plan_given, publish, read_jobs
 from .repro import check_gpu, exit_on_user_error, parse_settings, parse_value, run_notebook
 from ..engine.files import write_atomic, write_json
 from ..engine.shard import read_shard, share
@@ -286,7 +286,7 @@ def _planned(experiments, vary, seeds, common, file) -> list:
     if vary and not experiments:
         raise ValueError("--vary belongs to experiments that are named, not to those of a file")
     for name in experiments or ():
-        jobs += plan(name, vary, seeds, **common)
+        jobs += plan_given(name, common, vary, seeds)
     named = {
         job.key: job for job in sorted(jobs, key=lambda job: job.record)
     }  # one with a record replaces one without

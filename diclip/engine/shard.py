@@ -31,7 +31,8 @@ def _scheduled() -> str:
     found = [(i, n) for i, n in _VARIABLES if i in os.environ]
     if not found:
         raise ValueError(
-            f"--shard auto found none of {', '.join(i for i, _ in _VARIABLES)}: give i/n, with i from 0 to n - 1"
+            f"--shard auto found none of {', '.join(i for i, _ in _VARIABLES)}: give i/n with i from 0 to"
+            " n - 1"
         )
     index, count = found[0]
     if count not in os.environ:
