@@ -1,6 +1,6 @@
-"A training small enough for a test, as a program: python helper_train.py FOLDER [--resume] [--pause SECONDS]; torchrun-like variables make it one of several."
+"A training small enough for a test, here or in a process of its own."
+import multiprocessing
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -35,7 +35,16 @@ def main(folder, resume=False, pause=0., **how):
     return train(learner, data, folder, resume=resume, save_every=4, log_every=1, progress=False)
 
 
-if __name__ == "__main__":
+def _process(environment, folder, how):
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    several = "RANK" in os.environ
-    main(sys.argv[1], "--resume" in sys.argv, float(sys.argv[sys.argv.index("--pause") + 1]) if "--pause" in sys.argv else 0., dropout=not several)
+    main(folder, **how)
+
+
+def start(folder, environment={}, **how):
+    "A process that trains; torchrun's variables make it one of several. All are children of a server that has imported what is slow, and nothing else."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["open_clip", "accelerate", "sklearn.cluster", "torch.utils.tensorboard", "diclip.train", "diclip.cache", "diclip.clip"])
+    process = context.Process(target=_process, args=(environment, folder, how))
+    process.start()
+    return process

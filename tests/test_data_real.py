@@ -369,6 +369,15 @@ def test_flip_alone_and_refusals():
         with pytest.raises(ValueError, match=message): call()
 
 
+def test_a_photograph_without_augmentation_is_what_the_frozen_models_see():
+    from diclip.data import Sample, batch_images
+    image, mask = picture(1), np.zeros((40, 60), np.uint8)
+    mask[:, 30:] = 7
+    x, real, seen = augment(image, np.random.default_rng(0), 32, None, None, False, mask)
+    assert torch.equal(x, batch_images([Sample("a", image, (6,), mask)], 32)[0]) and real.all()
+    assert (seen[:, :16] == 0).all() and (seen[:, 16:] == 7).all()
+
+
 # ---- download ----------------------------------------------------------------------------------------------------------------------------
 
 class Server(BaseHTTPRequestHandler):

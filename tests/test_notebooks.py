@@ -6,11 +6,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "experiments"} & set(p.parts))
-FEW = dict(images_per_class=12)     # in the cache
-SMALL = {"components": dict(n_train=24, n_val=24, seeds=1, per_class=12, draws=50), "choices": dict(n_train=10),
-         "controls": dict(n_train=8, alphas=[1., 8.], widths=[1.], temperatures=[0, .1], timesteps=[50]),
-         "training": dict(n_train=24, n_choose=24, n_val=16, seeds=1, iterations=4, draws=50, overrides=FEW),
-         "adapter": dict(n_teach=16, n_judge=16, n_choose=16, seeds=1, iterations=4, draws=50, overrides=FEW)}
+FEW = dict(images_per_class=2, centroids=2, sd_draws=1, batch=2, par_rounds=2, crf_rounds=1)
+SMALL = {"components": dict(n_train=6, n_val=6, seeds=1, per_class=2, draws=50, overrides=FEW), "choices": dict(n_train=3, overrides=FEW),
+         "controls": dict(n_train=3, alphas=[1., 8.], widths=[1.], temperatures=[0, .1], timesteps=[50], overrides=FEW),
+         "training": dict(n_train=6, n_choose=6, n_val=6, seeds=1, iterations=3, draws=50, overrides=FEW),
+         "adapter": dict(n_teach=6, n_judge=6, n_choose=6, seeds=1, iterations=3, draws=50, overrides=FEW),
+         "table": dict(table="V", n_train=6, n_choose=6, n_val=6, seeds=1, iterations=3, draws=50, overrides=FEW),
+         "confusion": dict(n_train=6, n_choose=6, n_val=16, iterations=3, draws=50, overrides=FEW),
+         "figures": dict(n_val=6, shown=2, rounds=2, alphas=[.5, 1.], overrides=FEW)}
 
 
 @pytest.fixture(autouse=True)
@@ -81,16 +84,6 @@ def shipped():
     from diclip.config import profile
     from diclip.sd import load_sd
     return dict(clip=load_clip(profile("mini")).fingerprint, sd=load_sd(profile("mini")).fingerprint)
-
-
-def test_components_run_on_a_folder_in_voc_format(tmp_path):
-    from diclip.app.repro import run_notebook
-    from diclip.data import MiniWorld, export_voc
-    for split in ("train", "val"):
-        export_voc(MiniWorld(split, 16)[:], tmp_path / "VOC2012", split)
-    small = dict(SMALL["components"], n_train=16, n_val=16)
-    record = run_notebook("components", tmp_path / "out", profile="mini", data=str(tmp_path / "VOC2012"), **small)
-    assert record["parameters"]["n_val"] == 16 and record["results"]["+ negative cache"]["miou"] > 0
 
 
 def test_the_hand_made_row_is_the_best_of_its_family_on_train():

@@ -1,12 +1,7 @@
 "Training goes on after a kill as if nothing had happened, and two processes learn what one learns with the doubled batch."
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +15,7 @@ from diclip.data import MiniWorld, export_voc, palette, VOC
 from diclip.supervision import pack, unpack
 from diclip.train import Learner, read_log, train
 from diclip.world import SIZE
-from helper_train import learner_and_data, main
-
-PROGRAM = [sys.executable, str(Path(__file__).with_name("helper_train.py"))]
+from helper_train import learner_and_data, main, start
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +25,12 @@ def whole(tmp_path_factory):
 
 
 def test_kill_and_resume_equals_uninterrupted(tmp_path, whole):
-    child = subprocess.Popen([*PROGRAM, str(tmp_path), "--pause", "0.1"])
-    while len(read_log(tmp_path)) < 7: time.sleep(.05); assert child.poll() is None
-    child.send_signal(signal.SIGKILL); child.wait()
+    child = start(tmp_path, pause=.1)
+    while len(read_log(tmp_path)) < 7: time.sleep(.05); assert child.is_alive()
+    child.kill(); child.join()
     assert 4 <= load_checkpoint(tmp_path)[1]["iteration"] < 24
-    again = subprocess.run([*PROGRAM, str(tmp_path), "--resume"], check=True)
+    again = start(tmp_path, resume=True); again.join()
+    assert again.exitcode == 0
     resumed = read_log(tmp_path)
     assert [l["iteration"] for l in resumed] == [l["iteration"] for l in whole] == list(range(1, 25))
     for a, b in zip(resumed, whole): assert a == pytest.approx(b, abs=1e-4)
@@ -64,11 +58,13 @@ def test_a_panel_shows_image_labels_and_segmentation_and_changes_nothing():
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    one = main(tmp_path / "one", batch=8, dropout=False)
+    how = dict(dropout=False, iterations=12)
+    one = main(tmp_path / "one", batch=8, **how)
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    share = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    both = [subprocess.Popen([*PROGRAM, str(tmp_path / "two")], env=dict(share, RANK=str(r), LOCAL_RANK=str(r))) for r in (0, 1)]
-    assert [c.wait() for c in both] == [0, 0]
+    share = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    both = [start(tmp_path / "two", dict(share, RANK=str(r), LOCAL_RANK=str(r)), **how) for r in (0, 1)]
+    for c in both: c.join()
+    assert [c.exitcode for c in both] == [0, 0]
     two = load_checkpoint(tmp_path / "two")
     assert two[1]["settings"]["processes"] == 2
     for k, v in load_checkpoint(tmp_path / "one")[0].items():    # AdamW turns rounding into small steps where the gradient is zero, as for the bias of a key

@@ -59,13 +59,14 @@ def run_notebook(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     done, record = out / f"{name}.ipynb", out / f"{name}.json"
+    plain = json.loads(json.dumps(parameters, default=str))  # papermill would write a tuple as a string
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for variable, size in (("MALLOC_MMAP_THRESHOLD_", 2**32), ("MALLOC_TRIM_THRESHOLD_", 2**33)):
         os.environ.setdefault(variable, str(size))  # glibc keeps what tensors free: trainings are faster
     pm.execute_notebook(
         str(experiment_notebook(name)),
         str(done),
-        dict(parameters, record=str(record.resolve())),
+        dict(plain, record=str(record.resolve())),
         kernel_name="python3",
         progress_bar=True,
         cwd=str(cwd or out),

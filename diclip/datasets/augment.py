@@ -32,10 +32,13 @@ def draw_view(
     rescale=TrainingSettings.rescale,  # range of a factor after that; None for 1 (family)
     flip: bool = True,  # mirror half of the images (family)
 ) -> View:
-    "Draw size, position and mirror. Raises ValueError for ranges that are empty or not positive."
+    """Draw size, position and mirror; with all three switched off, the whole image at the crop's size.
+    Raises ValueError for ranges that are empty or not positive."""
     for name, r in (("long_side", long_side), ("rescale", rescale), ("crop", (crop, crop))):
         if r is not None and not 0 < r[0] <= r[1]:
             raise ValueError(f"{name}={r} is no range of positive numbers: give (smallest, largest)")
+    if long_side is None and rescale is None and not flip:
+        return View((crop, crop), 0, 0, False)
     scale = 1.0 if long_side is None else rng.integers(long_side[0], long_side[1] + 1) / max(shape)
     if rescale is not None:
         scale *= rng.uniform(*rescale)
