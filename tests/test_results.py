@@ -1,5 +1,6 @@
 "Verdicts on the paper's steps, from records alone."
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -63,5 +64,7 @@ def test_committed_table_records_have_verdicts():
         assert r["experiment"] == "table" and r["base"] in {key.split(" | ")[0] for key in r["results"]}
         steps = table_steps(r)
         assert not len(steps) or set(steps["verdict"]) <= {"holds", "reversed", "not shown", "no order"}
+        now = json.loads(json.dumps(asdict(get_profile("mini"))))
+        assert {k for k, v in now.items() if r["settings"].get(k) != v} <= {"iterations"} and r["environment"]["dirty"] is False
         wanted = [line for line in (Path(__file__).parents[1] / "nbs/experiments/mini.yaml").read_text().splitlines() if f"record: tables/{name}," in line]
         assert len(wanted) == 1 and f"table: {name}" in wanted[0]
