@@ -25,7 +25,7 @@ from ..config import Profile, get_profile
 from ..data import batch_images
 from ..datasets.coco import open_dataset
 from ..datasets.index import labels_of
-from ..engine.store import Store
+from ..engine.store import Store, facts_key
 from ..imagepool import profile_pool
 from ..model import as_dtype
 from diclip.retrieval import (
@@ -419,7 +419,8 @@ def maps(
     if kind == "vce":
         return M
     if kind == "dynamic":
-        adapter = self.student("dynamic").adapter.cpu()
+        key = "student", facts_key(self.student_facts("dynamic"))
+        adapter = self.once(key, lambda: self.student("dynamic")).adapter.cpu()
         return dynamic_cam(M, adapter(f), p.dynamic_beta, y, p.dynamic_votes, p.norm)
     return self._with_cache(kind, f, M, y)
 
@@ -427,7 +428,8 @@ def maps(
 @patch
 def _with_cache(self: Study, kind, f, M, y):
     "Maps that the cache takes part in."
-    p, cache = self.profile, self.cache()
+    key = "cache", facts_key(self.cache_facts()), self.plan.rolled
+    p, cache = self.profile, self.once(key, self.cache)  # read once, not once a batch
     if kind == "suppressed":
         votes = split_cache_output(retrieve(f, cache.keys, cache.values, p.sharpness))[1]
         return minmax(suppress_background(M, votes), p.norm) * y[..., None]
