@@ -1,5 +1,5 @@
 "Every notebook runs from top to bottom, and every experiment runs through papermill at its smallest setting."
-import json, os
+import json, multiprocessing, os, sys
 from pathlib import Path
 
 import pytest
@@ -20,15 +20,32 @@ SMALL = {"components": dict(n_train=6, n_val=6, seeds=1, per_class=2, draws=50, 
 def quiet(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    import torch
-    torch.set_grad_enabled(True)   # notebooks share this process, and some of them switch it off
+
+
+def run_page(path, log):
+    "What a process of its own does: a page that defines its functions again must not change those that other tests call."
+    for stream in (sys.stdout, sys.stderr): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    from nbdev.test import test_nb
+    good, _ = test_nb(path, skip_flags=["cuda", "slow"])
+    sys.stdout.flush()
+    os._exit(not good)
+
+
+@pytest.fixture(scope="session")
+def server():
+    "Processes that have imported the large libraries already, and done nothing with them."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "open_clip", "diffusers", "transformers", "sklearn.cluster", "matplotlib.pyplot", "execnb.shell", "nbdev.test", "diclip.study"])
+    return context
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
-def test_notebook_runs(path):
-    from nbdev.test import test_nb
-    good, seconds = test_nb(path, skip_flags=["cuda", "slow"])
-    assert good, f"{path.name} failed, see the traceback above"
+def test_notebook_runs(path, server, tmp_path):
+    log = tmp_path / "output.txt"
+    process = server.Process(target=run_page, args=(path, log))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, f"{path.name} failed:\n{log.read_text()[-5000:] if log.exists() else process.exitcode}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/experiments").glob("*.ipynb")), ids=lambda p: p.stem)
