@@ -146,23 +146,12 @@ def diclip_train(
         with a.main_process_first():  # the others find its images and features
             if not cache:
                 m.build_cache(out, progress=a.is_main_process)
-        log = m.fit(
-            samples,
-            out,
-            not no_adapter,
-            seed,
-            "skip" if skip_damaged else "stop",
-            a,
-            a.is_main_process,
-            resume=resume,
-            workers=workers,
-        )
+        how = dict(resume=resume, workers=workers, on_error="skip" if skip_damaged else "stop")
+        log = m.fit(samples, out, not no_adapter, seed, accelerator=a, progress=a.is_main_process, **how)
         if a.is_main_process:
             m.save_pretrained(Path(out) / "model")
-    a.print(
-        f"{len(samples)} images, labels given, masks not used; {p.iterations} iterations of {p.batch}; last"
-        f" losses {log[-1]}; model: {out}/model"
-    )
+    a.print(f"{len(samples)} images, labels given, masks not used; {p.iterations} iterations of {p.batch}")
+    a.print(f"last losses {log[-1]}; model: {out}/model")
 
 # %% ../../nbs/6_use/64_commands.ipynb #e285436e
 @call_parse
@@ -232,19 +221,10 @@ def diclip_eval(
         for i in tqdm(range(len(samples)), unit="image"):
             matrix.update(m.segment([samples[i]], crf=crf, **how)[0], samples[i].mask)
     low, high = matrix.bootstrap() if matrix.images > 1 else (float("nan"),) * 2
-    print(
-        protocol(
-            split=f"{m.profile.name} {split}",
-            labels=False,
-            scales=(1.0,) if one_scale else m.profile.scales,
-            flip=not one_scale,
-            crf=crf,
-            threshold=None,
-            images=len(samples),
-            **({} if one_scale else dict(mean_of=mean or m.profile.view_mean)),
-            precision=precision,
-        )
-    )
+    views = dict(scales=m.profile.scales, flip=True, mean_of=mean or m.profile.view_mean)
+    facts = dict(split=f"{m.profile.name} {split}", labels=False, threshold=None, images=len(samples))
+    facts |= dict(scales=(1.0,), flip=False) if one_scale else views
+    print(protocol(crf=crf, precision=precision, **facts))
     print(
         f"mIoU {100 * matrix.miou():.1f} [{100 * low:.1f}, {100 * high:.1f}], pixel accuracy"
         f" {100 * matrix.accuracy():.1f}"
