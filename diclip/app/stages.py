@@ -10,6 +10,7 @@ __all__ = ['READS', 'SOURCES', 'KINDS', 'BATCH', 'Plan', 'Study', 'replaced', 'I
 import hashlib
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -363,11 +364,26 @@ def features(self: Study, side: str) -> np.ndarray:  # (n, N, d) half precision,
 def cache_facts(self: Study) -> dict:
     "What the cache depends on."
     facts = (
-        self.encoder_facts() | self.read("maps", "cache") | dict(kmeans=self.plan.seed, pool=self.plan.pool)
+        self.encoder_facts()
+        | self.read("maps", "cache")
+        | dict(kmeans=self.plan.seed, pool=self.pool_digest())
     )
     if self.profile.cache_par:
         facts |= {k: getattr(self.profile, k) for k in ("par_dilations", "par_rounds")}
     return facts | ({} if self.plan.pool else self.pool_facts())
+
+
+@patch
+def pool_digest(self: Study) -> str:
+    "Of the names and bytes of images that were given; empty where they are generated."
+
+    def digest():
+        found = hashlib.sha256()
+        for path in sorted(Path(self.plan.pool).glob("*/*")):
+            found.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
+        return found.hexdigest()[:16]
+
+    return self.once(("pool", self.plan.pool), digest) if self.plan.pool else ""
 
 
 @patch
@@ -378,20 +394,24 @@ def pool_facts(self: Study) -> dict:
 
 # %% ../../nbs/6_use/69_stages.ipynb #69cc0001
 @patch
+def pool(self: Study) -> Path:
+    "Folder of the images that the cache is made of, drawn where they are not there yet."
+    drawn = self.store.path("pool", self.pool_facts(), "")
+    return Path(self.plan.pool or profile_pool(self.sd, self.profile, drawn, progress=False))
+
+
+@patch
 @torch.no_grad()
 def cache(self: Study) -> Cache:
     "Keys (9) and values (10)."
-    p, plan, folder = self.profile, self.plan, self.store.folder
+    p, plan = self.profile, self.plan
     path = self.store.path("cache", self.cache_facts(), ".safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
-            images = plan.pool or profile_pool(
-                self.sd, p, self.store.path("pool", self.pool_facts(), ""), progress=False
-            )
-            kept = folder / "pooled" / path.stem
+            kept = self.store.folder / "pooled" / path.stem
             made = build_cache(
-                self.clip, self.attending(), images, p, seed=plan.seed, workdir=kept, progress=False
+                self.clip, self.attending(), self.pool(), p, seed=plan.seed, workdir=kept, progress=False
             )
             made.save(path)
             self.store.made["cache"] += 1
