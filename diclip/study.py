@@ -6,7 +6,7 @@
 __all__ = ['TEACHERS', 'MEASURES', 'Study', 'Plan', 'READS', 'SOURCES']
 
 # %% ../nbs/6_use/70_study.ipynb #8a923a93
-from functools import partial
+from tempfile import TemporaryDirectory
 from time import perf_counter
 import numpy as np
 import torch
@@ -25,31 +25,41 @@ _all_ = ["Study", "Plan", "READS", "SOURCES"]
 
 # %% ../nbs/6_use/70_study.ipynb #076bd874
 @patch
-def pixels(self: Study, kind: str, side: str, most: int | None = None):
+def pixels(self: Study, kind: str, side: str, most: int | None = None, adapter=None):
     "Yields maps, labels and masks of runs of images of one size, for the first `most` images."
     n = min(most or len(self.images(side)), len(self.images(side)))
     labels = self.labels(side)
     for i in range(0, n, BATCH):
         at = slice(i, min(i + BATCH, n))
         masks = [s.mask for s in self.images(side)[at]]
-        yield from by_size(self.maps(kind, side, at), self.profile.grid, labels[at], masks)
+        maps = self.maps(kind, side, at, adapter)
+        yield from by_size(maps, self.profile.grid, labels[at], masks)
 
 
 @patch
-def _score(self: Study, kind):
-    chosen = sum(
-        threshold_matrices(*part, THRESHOLDS) for part in self.pixels(kind, "train", self.plan.n_choose)
-    )
+def scored(self: Study, kind: str, adapter=None) -> tuple:  # threshold, `ConfusionMatrix`
+    "CAMs against masks, not filed; dynamic ones of any `adapter`."
+    taught = self.pixels(kind, "train", self.plan.n_choose, adapter)
+    chosen = sum(threshold_matrices(*part, THRESHOLDS) for part in taught)
     cut = THRESHOLDS[int(mean_score(chosen).argmax())]
-    matrix = sum(cam_confusion(*part, cut) for part in self.pixels(kind, "val"))
-    return matrix.packed(), dict(threshold=cut)
+    return cut, sum(cam_confusion(*part, cut) for part in self.pixels(kind, "val", None, adapter))
+
+
+@patch
+def sides(self: Study) -> dict:
+    "What scores depend on, beside the maps."
+    return dict(train=self.images("train").facts, val=self.images("val").facts, choose=self.plan.n_choose)
 
 
 @patch
 def score(self: Study, kind: str) -> tuple:  # threshold, `ConfusionMatrix`
     "CAMs of one kind against masks, labels given; threshold from train."
-    sides = dict(train=self.images("train").facts, val=self.images("val").facts, choose=self.plan.n_choose)
-    arrays, values = self.store.table("score", self.map_facts(kind) | sides, partial(self._score, kind))
+
+    def make():
+        cut, matrix = self.scored(kind)
+        return matrix.packed(), dict(threshold=cut)
+
+    arrays, values = self.store.table("score", self.map_facts(kind) | self.sides(), make)
     return values["threshold"], ConfusionMatrix.unpacked(arrays)
 
 # %% ../nbs/6_use/70_study.ipynb #f1b219f8
@@ -140,6 +150,25 @@ def log(self: Study, teacher: str) -> list:
     "The log of a training that was done."
     self.student(teacher)
     return read_log(self.store.path("student", self.student_facts(teacher), ""))
+
+# %% ../nbs/6_use/70_study.ipynb #70cc0001
+@patch
+def curve(
+    self: Study, teacher: str = "dynamic", points: int = 6
+) -> dict:  # {iteration: mIoU of the CAM, percent}
+    "The CAM that teaches a head while its adapter learns, labels given (Figure 12): a training of its own."
+
+    def make():
+        data = TrainingSet(self.images("train"), self.profile, self.plan.seed)
+        score = lambda learner: dict(cam=100 * self.scored(teacher, learner.module.adapter)[1].miou())
+        watch = dict(eval_every=max(1, self.profile.iterations // points), evaluate=score, progress=False)
+        with TemporaryDirectory() as folder:
+            log = [l for l in train(self.learner(teacher), data, folder, **watch) if "cam" in l]
+        return {k: np.array([l[k] for l in log]) for k in ("iteration", "cam")}, {}
+
+    facts = self.student_facts(teacher) | self.sides() | dict(points=points)
+    found, _ = self.store.table("curve", facts, make)
+    return dict(zip(found["iteration"].tolist(), found["cam"].tolist()))
 
 # %% ../nbs/6_use/70_study.ipynb #c319ddb4
 @patch

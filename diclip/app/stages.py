@@ -426,6 +426,7 @@ def maps(
     kind: str,  # one of `KINDS`
     side: str,  # "train" or "val"
     rows: slice = slice(None),  # which images
+    adapter=None,  # of dynamic maps; None: the trained one
 ) -> Tensor:  # (b, C, N) in [0, 1], zero for absent classes
     "CAMs of some images. Raises ValueError for another kind."
     if kind not in KINDS:
@@ -440,8 +441,9 @@ def maps(
         return M
     if kind == "dynamic":
         key = "student", facts_key(self.student_facts("dynamic"))
-        adapter = self.once(key, lambda: self.student("dynamic")).adapter.cpu()
-        return dynamic_cam(M, adapter(f), p.dynamic_beta, y, p.dynamic_votes, p.norm)
+        adapter = adapter or self.once(key, lambda: self.student("dynamic")).adapter
+        votes = adapter(f.to(self.plan.device)).cpu()
+        return dynamic_cam(M, votes, p.dynamic_beta, y, p.dynamic_votes, p.norm)
     return self._with_cache(kind, f, M, y)
 
 
