@@ -83,6 +83,7 @@ class Plan:
     n_choose: int = 150  # of these: thresholds are chosen on them
     split: str = "val"  # list of the images that are scored
     n_val: int = 400  # how many; 0 for all
+    skip: int = 0  # images of `split` before the first that is scored
     seed: int = 0  # of everything random
     source: str = "diffusion"  # of the attention, one of `SOURCES`
     hand: tuple = (6.0, 0.004)  # width (patches) and temperature of the hand-made one; None: no color
@@ -94,7 +95,7 @@ class Plan:
     def __post_init__(self):
         if self.source not in SOURCES:
             raise ValueError(f"source={self.source!r}: choose one of {', '.join(SOURCES)}")
-        if min(self.n_train, self.n_choose, self.n_val, self.seed) < 0:
+        if min(self.n_train, self.n_choose, self.n_val, self.skip, self.seed) < 0:
             raise ValueError("numbers of images and seeds must not be negative")
         as_dtype(self.precision, self.device)
 
@@ -170,13 +171,15 @@ def text(self: Study) -> Tensor:  # (C, d)
 class Images:
     "A data set whose last thousand images stay in memory."
 
-    def __init__(self, dataset):
-        self.read = lru_cache(1000)(dataset.__getitem__)
-        self.labels = labels_of(dataset, progress=False)
-        ends = [self.read(i) for i in (0, len(dataset) - 1)]
+    def __init__(self, dataset, skip=0):
+        if skip >= len(dataset):
+            raise ValueError(f"skip={skip}: the list has {len(dataset)} images only")
+        self.read = lru_cache(1000)(lambda i: dataset[skip + i])
+        self.labels = labels_of(dataset, progress=False)[skip:]
+        ends = [self.read(i) for i in (0, len(self) - 1)]
         names = "".join(map(str, getattr(dataset, "ids", [s.id for s in ends])))
         digest = hashlib.sha256(names.encode() + b"".join(s.image.tobytes() for s in ends))
-        self.facts = dict(images=len(dataset), first=ends[0].id, digest=digest.hexdigest()[:16])
+        self.facts = dict(images=len(self), first=ends[0].id, digest=digest.hexdigest()[:16])
 
     def __len__(self):
         return len(self.labels)
@@ -192,9 +195,10 @@ BATCH = 25  # images at a time
 def images(self: Study, side: str) -> Images:  # side: "train" or "val"
     "The images of one side."
     plan, p = self.plan, self.profile
-    split, n = (plan.train, plan.n_train) if side == "train" else (plan.split, plan.n_val)
-    make = lambda: Images(open_dataset(p, split, plan.data or None, n or None))
-    return self.once(("images", plan.data, split, n, p.classes), make)
+    train = (plan.train, plan.n_train, 0)
+    split, n, skip = train if side == "train" else (plan.split, plan.n_val, plan.skip)
+    make = lambda: Images(open_dataset(p, split, plan.data or None, n and n + skip or None), skip)
+    return self.once(("images", plan.data, split, n, skip, p.classes), make)
 
 
 @patch
