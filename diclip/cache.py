@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from .engine.check import check_finite
 from .engine.cachefile import digest, keep_pooled, read_rows, versions, write_rows
-from .imagepool import class_images, pool_note
+from .imagepool import POOLED, class_images, pool_note
 from .labels import PAR
 from .keys import patch_masks, masked_average_pool, pool_images, cluster_keys, cache_values
 from .vce import vce_features
@@ -244,14 +244,16 @@ def build_cache(
     if par is None and profile.cache_par:
         par = PAR(profile.par_dilations, profile.par_rounds).to(text.device)
     origin = _origin(clip, sd, profile, masks, par)
+    pooled = Path(images) / POOLED if isinstance(images, (str, Path)) else None
     vectors, index = [], []
     for name in tqdm(names, disable=not progress):
         c, shots = profile.classes.index(name), class_images(images, name, profile.images_per_class)
         given = None if masks is None else list(masks[name])[: len(shots)]
-        path = workdir and Path(workdir) / f"{name}.safetensors"
-        key = digest(origin, text[c].cpu(), *shots, *map(np.asarray, given or ()))
+        work, beside = (d and Path(d) / f"{name}.safetensors" for d in (workdir, pooled))
+        key = [digest(origin, profile.prompt_names[c])]
+        key += [digest(*map(np.asarray, both)) for both in zip(shots, *([given] if given else []))]
         compute = partial(pool_images, clip, sd, shots, text[c], profile, given, par, batch)
-        vectors.append(keep_pooled(path, key, compute))
+        vectors.append(keep_pooled(work, key, compute, beside))
         index += [c] * len(shots)
     meta = {"name": profile.name, **origin, **pool_note(images), "versions": versions()} | how.pop("meta", {})
     numbers = profile.centroids, profile.background_centroids

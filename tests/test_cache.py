@@ -418,3 +418,21 @@ def test_a_profile_may_refine_the_masks_of_its_cache():
     assert switched.meta["masks"] == passed.meta["masks"] == "par" and switched.meta["par"] == [[1, 2], 3]
     assert not profile("mini").cache_par and not profile("voc").cache_par
     with pytest.raises(ValueError, match="dilations are"): make(settings=dict(cache_par=True, par_dilations=()))
+
+
+def test_the_vectors_that_ship_are_those_of_the_models_that_ship(monkeypatch):
+    "Nothing is pooled again for the mini profile, unless a setting that matters is another."
+    from pathlib import Path
+    import diclip
+    from diclip.clip import load_clip
+    from diclip.sd import load_sd
+    p, pool = profile("mini"), Path(diclip.__file__).parent / "pool/mini"
+    clip, sd = load_clip(p), load_sd(p)
+    monkeypatch.setattr("diclip.cache.pool_images", lambda *a, **k: 1 / 0)
+    whole = build_cache(clip, sd, pool, p, progress=False)
+    assert len(whole) == len(p.classes) * (p.centroids + p.background_centroids)
+    assert len(build_cache(clip, sd, pool, profile("mini", images_per_class=12, beta=2.), progress=False)) == len(whole)
+    for change in (dict(alpha=1.), dict(timestep=50), dict(cache_par=True), dict(prompt_names=("tree", *p.prompt_names[1:])), dict(mask_threshold=.6)):
+        with pytest.raises(ZeroDivisionError): build_cache(clip, sd, pool, profile("mini", **change), progress=False)
+    class Other: fingerprint = "another"
+    with pytest.raises(ZeroDivisionError): build_cache(clip, Other(), pool, p, progress=False)

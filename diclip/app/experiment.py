@@ -139,7 +139,7 @@ class Seeded:
     ):
         self.sd = sd
         self.seed = seed
-        self.fingerprint = f"{sd.fingerprint}, noise {seed}"
+        self.fingerprint = sd.fingerprint + (f", noise {seed}" if seed else "")  # 0 is the model's own
 
     def attention(self, images, grid, **how):
         return self.sd.attention(images, grid, **how, seed=self.seed)
