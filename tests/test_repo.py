@@ -52,7 +52,7 @@ def imports(module):
 
 LAYERS = """config shapes world data plot metrics
 engine.check engine.files engine.shard engine.cachefile engine.checkpoint engine.log engine.store engine.clip_weights engine.sd_weights engine.unet_attention imagepool
-datasets.index datasets.sbd datasets.coco datasets.augment datasets.batches datasets.download
+datasets.index datasets.sbd datasets.coco datasets.singles datasets.augment datasets.batches datasets.download
 clip cam labels affinity
 sd acr vce
 keys cache retrieval
