@@ -1,21 +1,24 @@
 "The study: what is filed is what would be computed, a change costs what it changes, and nothing else is lost or taken for something else."
-import json, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys, time
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diclip.app.experiment import Seeded
 from diclip.app.stages import READS, SOURCES, Plan, Study as Bare
 from diclip.app.tables import TABLES, measure, table_rows
 from diclip.cache import build_cache
 from diclip.config import Profile, get_profile
-from diclip.data import batch_images, export_voc, MiniWorld
+from diclip.data import batch_images, export_voc, MiniWorld, palette_image
+from diclip.datasets.coco import open_dataset
 from diclip.engine.store import Store, facts_key
 from diclip.study import Study
 from diclip.supervision import class_maps
+from helper_voc import write_coco, write_voc
 
 torch.set_num_threads(1)
 FEW = ("boat", "plane", "bird")
@@ -135,6 +138,94 @@ def test_another_folder_of_pictures_is_another_study(tmp_path):
     a, b = (Study("mini", tmp_path / "s", None, data=str(tmp_path / f"d{k}"), n_train=0, n_choose=4, n_val=0, rounds=0, sd_draws=1) for k in (0, 4))
     assert a.score("vce")[1].images == 4 and a.score("vce")[1].miou() != b.score("vce")[1].miou()
     assert a.images("val").facts != b.images("val").facts
+
+
+# ---- real images for the cache -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "VOC's format: 30 scenes in train, which have no boat alone, and 60 in more, the same 30 among them."
+    root, scenes = tmp_path_factory.mktemp("scenes"), MiniWorld("train", 60)[:]
+    for split, some in (("train", scenes[:30]), ("more", scenes), ("val", MiniWorld("val", 3)[:])): export_voc(some, root, split)
+    return root
+
+
+def collecting(folder, store, **change): return Study("mini", store, None, data=str(folder), n_train=20, n_choose=3, n_val=3, **QUICK | dict(pool="real") | change)
+
+
+def files(pool): return {f.relative_to(pool).as_posix(): f.read_bytes() for f in sorted(pool.glob("*/*"))}
+
+
+def test_real_images_have_one_label_and_come_from_the_lists_in_order(folder, tmp_path):
+    s = collecting(folder, tmp_path, top_up="more")
+    taken, lists = json.loads((s.pool() / "pool.json").read_text())["taken"], {n: (folder / f"ImageSets/Segmentation/{n}.txt").read_text().split() for n in ("train", "more")}
+    samples = {i: v for i, v in zip(lists["more"], open_dataset(s.profile, "more", str(folder)))}
+    for name, ids in taken.items():
+        alone = [i for i in lists["more"] if samples[i].labels == (s.profile.classes.index(name),)]
+        assert ids == alone[:2], "train is the beginning of more here, and no image comes twice"
+        for k, i in enumerate(ids): assert (np.asarray(Image.open(s.pool() / f"{name}/{k:04d}.png")) == samples[i].image).all()
+    assert list(taken) == list(FEW) and not set(taken["boat"]) & set(lists["train"]) and set(taken["plane"]) <= set(lists["train"])
+    s.at(alpha=3., iterations=9).pool()
+    assert s.store.made["real"] == 1, "collected once"
+    assert s.at(images_per_class=1).pool() != s.pool()
+
+
+def test_the_cache_of_real_images_is_made_of_them_and_nothing_else(folder, tmp_path):
+    s = collecting(folder, tmp_path, top_up="more")
+    given = {n: [np.asarray(Image.open(f)) for f in sorted((s.pool() / n).iterdir())] for n in FEW}
+    with torch.no_grad(): want = build_cache(s.clip, Seeded(s.sd, 0), given, s.profile, progress=False)
+    torch.testing.assert_close(s.cache().keys, want.keys)
+    assert s.cache_facts() != s.at(pool="").cache_facts() and not torch.equal(s.cache().keys, s.at(pool="").cache().keys)
+    row = table_rows("XIII", s.at(pool=""))["Real data"][1]
+    assert row.pool() == s.pool() and row.row("static", draws=20)["miou"] == s.row("static", draws=20)["miou"]
+    assert row.encoder_facts() == s.at(pool="").encoder_facts(), "the attention stays"
+
+
+def test_masks_are_read_for_their_classes_alone(folder, tmp_path):
+    before = files(collecting(folder, tmp_path / "a", top_up="more").pool())
+    other = shutil.copytree(folder, tmp_path / "other")
+    for f in (other / "SegmentationClass").iterdir():
+        mask = np.asarray(Image.open(f))
+        moved = np.random.default_rng(0).permutation(mask.flatten()).reshape(mask.shape)
+        palette_image(moved).save(f)
+    assert files(collecting(other, tmp_path / "b", top_up="more").pool()) == before
+
+
+def test_too_few_real_images_are_refused_before_anything_is_computed(folder, tmp_path):
+    s = collecting(folder, tmp_path)
+    for ask in (s.pool, lambda: measure("XIII", s.at(pool=""), draws=20)):
+        with pytest.raises(ValueError, match="^0 images in train have 'boat' as their only label and 2 are wanted: choose a smaller images_per_class, or name another list with top_up$"): ask()
+    with pytest.raises(ValueError, match="^[34] images in train, more have '(plane|boat|bird)'"): s.at(top_up="more", images_per_class=20).pool()
+    with pytest.raises(ValueError, match="no list nowhere.txt"): s.at(top_up="nowhere").pool()
+    assert not s.store.made and not list(tmp_path.rglob("*.png"))
+
+
+def test_a_collection_that_was_interrupted_is_made_whole(folder, tmp_path, monkeypatch):
+    from diclip.datasets import singles
+    s, real, written = collecting(folder, tmp_path, top_up="more"), singles.write_atomic, []
+    def stopped(path, save):
+        if len(written) == 4: raise KeyboardInterrupt
+        written.append(real(path, save))
+    with monkeypatch.context() as m:
+        m.setattr(singles, "write_atomic", stopped)
+        with pytest.raises(KeyboardInterrupt): s.pool()
+    assert len(list(tmp_path.rglob("*.png"))) == 4 and not list(tmp_path.rglob("pool.json")) and not s.store.made["real"]
+    assert len(files(s.pool())) == 6 and s.store.made["real"] == 1 and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_coco_tops_up_voc(tmp_path):
+    voc, coco = write_voc(tmp_path / "VOC2012", train=4), write_coco(tmp_path / "coco", train=5)
+    file = coco / "annotations/instances_train2014.json"
+    notes = json.loads(file.read_text())
+    shown = {9: ["tv"], 16: ["tv", "person"], 23: ["couch"], 30: ["zebra"], 37: ["tv"]}     # image: what is in it
+    number = {c["name"]: c["id"] for c in notes["categories"]}
+    first = notes["annotations"][0]
+    notes["annotations"] = [first | dict(id=10 * i + k, image_id=i, category_id=number[n]) for i, names in shown.items() for k, n in enumerate(names)]
+    file.write_text(json.dumps(notes))
+    s = Study("voc", tmp_path / "s", None, data=str(voc), n_train=0, pool="real", top_up="train", top_up_data=str(coco), images_per_class=1, cached_classes=("tvmonitor", "sofa"))
+    taken = json.loads((s.pool() / "pool.json").read_text())["taken"]
+    assert taken["sofa"] == ["COCO_train2014_000000000023"] and taken["tvmonitor"][0].startswith("2007_"), "VOC's own come first"
+    assert json.loads((s.at(images_per_class=3, cached_classes=("tvmonitor",)).pool() / "pool.json").read_text())["taken"]["tvmonitor"][1:] == [f"COCO_train2014_{i:012d}" for i in (9, 37)]
 
 
 # ---- the store ---------------------------------------------------------------------------------------------------------------------------

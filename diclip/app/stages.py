@@ -26,6 +26,7 @@ from ..config import Profile, get_profile
 from ..data import batch_images
 from ..datasets.coco import open_dataset
 from ..datasets.index import labels_of
+from ..datasets.singles import open_list, pick_singles, write_singles
 from ..engine.store import Store, facts_key
 from ..imagepool import profile_pool
 from ..model import as_dtype
@@ -87,7 +88,9 @@ class Plan:
     seed: int = 0  # of everything random
     source: str = "diffusion"  # of the attention, one of `SOURCES`
     hand: tuple = (6.0, 0.004)  # width (patches) and temperature of the hand-made one; None: no color
-    pool: str = ""  # folder of the cache's images, <class>/<i>.png; empty for generated ones
+    pool: str = ""  # folder of the cache's images, <class>/<i>.png; empty: generated; "real": collected
+    top_up: str = ""  # another list for classes of which the list that teaches has too few real images
+    top_up_data: str = ""  # its data folder; empty for the same
     rolled: int = 0  # labels of the cache that are moved on, a control
     device: str = "cpu"  # where models run
     precision: str = "fp32"  # of the frozen models
@@ -379,15 +382,16 @@ def cache_facts(self: Study) -> dict:
 
 @patch
 def pool_digest(self: Study) -> str:
-    "Of the names and bytes of images that were given; empty where they are generated."
+    "Of the names and bytes of images that were given or collected; empty where they are generated."
 
-    def digest():
+    def digest(folder):
         found = hashlib.sha256()
-        for path in sorted(Path(self.plan.pool).glob("*/*")):
+        for path in sorted(folder.glob("*/*")):
             found.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
         return found.hexdigest()[:16]
 
-    return self.once(("pool", self.plan.pool), digest) if self.plan.pool else ""
+    folder = self.pool() if self.plan.pool else None
+    return self.once(("pool", str(folder)), lambda: digest(folder)) if folder else ""
 
 
 @patch
@@ -399,7 +403,10 @@ def pool_facts(self: Study) -> dict:
 # %% ../../nbs/6_use/69_stages.ipynb #69cc0001
 @patch
 def pool(self: Study) -> Path:
-    "Folder of the images that the cache is made of, drawn where they are not there yet."
+    """Folder of the images that the cache is made of, drawn or collected where they are not there yet.
+    Raises ValueError for a class that has too few real images."""
+    if self.plan.pool == "real":
+        return self.real_images()
     drawn = self.store.path("pool", self.pool_facts(), "")
     return Path(self.plan.pool or profile_pool(self.sd, self.profile, drawn, progress=False))
 
@@ -421,6 +428,28 @@ def cache(self: Study) -> Cache:
             self.store.made["cache"] += 1
     found = Cache.load(path)
     return found.rolled(plan.rolled) if plan.rolled else found
+
+# %% ../../nbs/6_use/69_stages.ipynb #69cc0004
+@patch
+def real_images(self: Study) -> Path:
+    "Folder of images that have one label, collected once. Raises ValueError for a class that has too few."
+    p, plan = self.profile, self.plan
+    names = p.cached_classes or p.classes
+
+    def lists():
+        yield open_list(p, plan.train, plan.data, plan.n_train or None)
+        yield open_list(p, plan.train, plan.data)  # the rest of it
+        if plan.top_up:
+            yield open_list(p, plan.top_up, plan.top_up_data or plan.data)
+
+    facts = dict(self.images("train").facts, lists=[plan.data, plan.train, plan.top_up, plan.top_up_data])
+    path = self.store.path("real", facts | dict(classes=names, per_class=p.images_per_class), "")
+    path.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not (path / "pool.json").is_file():
+            write_singles(pick_singles(lists(), names, p.images_per_class), path)
+            self.store.made["real"] += 1
+    return path
 
 # %% ../../nbs/6_use/69_stages.ipynb #988e4ede
 @patch
