@@ -33,6 +33,9 @@ def test_steps_of_a_sweep_and_of_a_table_that_is_printed_as_a_line():
     r = record("VIa", {f"{n} groups | CAM mIoU": v for n, v in ((3, 50.), (6, 60.), (9, 58.), (12, 58.1))}, "9 groups")
     s = table_steps(r).set_index("step")
     assert s["verdict"].to_dict() == {"9 groups -> 3 groups": "holds", "9 groups -> 6 groups": "reversed", "9 groups -> 12 groups": "not shown"}
+    assert not s["claim"].any(), "one training each"
+    for row in r["results"].values(): row["seeds"] *= 2
+    assert table_steps(r)["claim"].all()
     assert s.loc["9 groups -> 3 groups", "paper"] == -2.5 and s.loc["9 groups -> 3 groups", "ours"] == -8
     names = ["without ACR", "1 iteration", *(f"{n} iterations" for n in (2, 3, 4, 5))]
     r = record("VII", {f"{n} | Segmentation mIoU": 60. + k for k, n in enumerate(names)}, "without ACR")

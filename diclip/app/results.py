@@ -46,7 +46,8 @@ def table_steps(record: dict):  # a pandas.DataFrame, one line a step
         ours, low, high = r["difference"]
         line = dict(table=name, column=column, step=f"{record['base']} -> {row}", paper=round(b - a, 1))
         line |= dict(ours=ours, low=low, high=high, seeds=len(r["seeds"]))
-        lines.append(line | dict(verdict=judged(r["difference"], round(b - a, 3))))
+        line |= dict(claim=len(r["seeds"]) > 1, verdict=judged(r["difference"], round(b - a, 3)))
+        lines.append(line)
     return pd.DataFrame(lines)
 
 # %% ../../nbs/6_use/72_results.ipynb #402c3aec
@@ -73,7 +74,7 @@ def table_records(folder=None) -> dict:  # {table: record}
 
     folder = Path(folder or Path(diclip.__file__).parents[1] / "nbs/results/tables")
     found = [read_record(path) for path in sorted(folder.glob("*.json"))]
-    order = list(TABLES)
+    order = [*paper_numbers()["table"].unique(), *TABLES]  # the paper's, then ours
     return {
         r["parameters"]["table"]: r
         for r in sorted(found, key=lambda r: order.index(r["parameters"]["table"]))
