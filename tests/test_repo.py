@@ -190,6 +190,13 @@ def test_readme_comes_from_the_index():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", ["components", "training"])
+def test_readme_shows_the_committed_records(name):
+    lines = json.loads((ROOT / f"nbs/results/{name}.json").read_text())["table"].splitlines()
+    readme = {l.rstrip() for l in (ROOT / "README.md").read_text().splitlines()}
+    assert not [l for l in lines if l.rstrip() not in readme], "run .ci/execute nbs/index.ipynb, then .ci/readme"
+
+
 def test_ci_runs_the_readme_command():
     command = [l for l in (ROOT / ".ci/run").read_text().splitlines() if "pytest" in l and not l.startswith("#")]
     assert len(command) == 1 and command[0] in (ROOT / "README.md").read_text()
