@@ -26,6 +26,7 @@ def quiet(monkeypatch):
 def run_page(path, log):
     "What a process of its own does: a page that defines its functions again must not change those that other tests call."
     for stream in (sys.stdout, sys.stderr): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    multiprocessing.set_start_method("fork", force=True)   # as in a kernel: processes that a page starts know its functions
     from nbdev.test import test_nb
     good, _ = test_nb(path, skip_flags=["cuda", "slow"])
     sys.stdout.flush()
