@@ -407,8 +407,10 @@ def pool(self: Study) -> Path:
     Raises ValueError for a class that has too few real images."""
     if self.plan.pool == "real":
         return self.real_images()
+    if self.plan.pool:
+        return Path(self.plan.pool)
     drawn = self.store.path("pool", self.pool_facts(), "")
-    return Path(self.plan.pool or profile_pool(self.sd, self.profile, drawn, progress=False))
+    return profile_pool(self.sd, self.profile, drawn, progress=False)
 
 
 @patch
