@@ -6,6 +6,7 @@
 __all__ = ['SILENT', 'Cache', 'cache_from_pooled', 'cache_from_features', 'build_cache', 'tsne', 'class_images']
 
 # %% ../nbs/4_cache/42_cache.ipynb #684c7f1e
+import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,12 @@ def load(cls: Cache, path) -> "Cache":
     return cls(*read_rows(path))
 
 # %% ../nbs/4_cache/42_cache.ipynb #75125810
+_FEATURES = (
+    "sd_crop timestep sd_layers groups group_metric regroup relation layers tau_n alpha rounds propagation"
+    " fusion readout".split()
+)
+
+
 @patch
 def check(
     self: Cache,
@@ -105,8 +112,10 @@ def check(
     clip: str = None,  # the reader's CLIP fingerprint
     sd: str = None,  # the reader's diffusion fingerprint
     grid=None,  # (h, w) patches
+    recipe=None,  # the reader's `Profile`: how its features are made
 ) -> "Cache":  # itself
-    "Refuse a cache that was made for other classes, another CLIP, diffusion model or grid, with a ValueError"
+    """Refuse a cache that was made for other classes, another CLIP, diffusion model, grid or kind of features,
+    with a ValueError"""
     if classes is not None and tuple(classes) != self.classes:
         raise ValueError(
             f"this cache was made for the classes {', '.join(self.classes)}, not {', '.join(classes)}: "
@@ -118,6 +127,13 @@ def check(
             raise ValueError(
                 f"this cache was made with {name} {have}, not {want}: rebuild it with build_cache(...) and"
                 f" your {name}, or load the {name} it was made with"
+            )
+    for name in _FEATURES if recipe else ():
+        have, want = json.loads(json.dumps([self.meta.get(name), getattr(recipe, name)]))
+        if name in self.meta and have != want:
+            raise ValueError(
+                f"this cache was made with {name} {have}, and the profile says {want}: rebuild it with"
+                f" build_cache(...), or set {name} to what it was made with"
             )
     return self
 

@@ -10,7 +10,9 @@ import json
 import math
 import re
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
+import fastjsonschema
 from ..config import Profile
 
 # %% ../../nbs/6_use/66_records.ipynb #66000006
@@ -61,7 +63,7 @@ def schema(
     seeds = [dict(required=["seed"]), dict(required=["seeds"])]
     environment = _ENVIRONMENT | dict(required=_ENVIRONMENT["required"] + (_LATER if complete else []))
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": "http://json-schema.org/draft-07/schema#",
         "type": "object",
         "required": ["experiment", "parameters", "settings", "protocol", "results"]
         + ["minutes", "models", "environment"],
@@ -80,18 +82,23 @@ def schema(
 
 # %% ../../nbs/6_use/66_records.ipynb #66000013
 def _sentence(error) -> str:
-    "jsonschema's complaint as `place: fault`."
-    where = "/".join(map(str, error.absolute_path)) or "it"
-    if error.validator == "required":
-        missing = [n for n in error.validator_value if n not in error.instance]
+    "fastjsonschema's complaint as `place: fault`."
+    where = error.name.removeprefix("data").removeprefix(".") or "it"
+    if error.rule == "required":
+        missing = [n for n in error.rule_definition if n not in error.value]
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         return f"{where} lacks {', '.join(missing[:3])}{more}"
-    if error.validator == "anyOf":
-        return f"{where} lacks {' or '.join(choice['required'][0] for choice in error.validator_value)}"
-    if error.validator == "minProperties":
+    if error.rule == "anyOf":
+        return f"{where} lacks {' or '.join(choice['required'][0] for choice in error.rule_definition)}"
+    if error.rule == "minProperties":
         return f"{where} has no rows"
-    message = error.message if len(error.message) < 100 else "..." + error.message[-90:]
-    return f"{where}: {message}"
+    value = repr(error.value)
+    return f"{where}: {value if len(value) < 60 else value[:57] + '...'} {error.message.removeprefix(error.name).strip()}"
+
+
+@cache
+def _validate(complete):
+    return fastjsonschema.compile(schema(complete))
 
 
 def _rows(record) -> list:  # (table, row, its numbers)
@@ -104,17 +111,15 @@ def check_record(
     complete: bool = False,  # it must be as records are written today
 ):
     "Raises ValueError, one sentence, for what is not a record."
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-
-    error = best_match(Draft202012Validator(schema(complete)).iter_errors(record))
-    if error:
-        raise ValueError(f"not a record: {_sentence(error)}")
+    try:
+        _validate(complete)(record)
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise ValueError(f"not a record: {_sentence(error)}") from None
     for table, name, row in _rows(record):
         if not all(map(math.isfinite, (row["miou"], row["low"], row["high"], *row["seeds"]))):
-            raise ValueError(f"not a record: {table}/{name} has a score that is no number")
+            raise ValueError(f"not a record: {table}.{name} has a score that is no number")
         if row["low"] > row["high"]:
-            raise ValueError(f"not a record: {table}/{name} has its interval the wrong way round")
+            raise ValueError(f"not a record: {table}.{name} has its interval the wrong way round")
 
 # %% ../../nbs/6_use/66_records.ipynb #66000015
 def read_record(path) -> dict:

@@ -33,13 +33,19 @@ def write_rows(path, keys: Tensor, values: Tensor, classes, meta: dict):
     from safetensors.torch import save
 
     rows = {"keys": keys.cpu().contiguous(), "values": values.cpu().contiguous()}
-    head = {
-        "format": "diclip-cache-1",
-        "classes": json.dumps(classes),
-        "meta": json.dumps(meta),
-        "digest": digest(*rows.values()),
-    }
+    head = dict(format=2, classes=list(classes), meta=meta, digest=digest(*rows.values()))
+    head = {"diclip-cache": json.dumps(head, sort_keys=True)}  # one entry: several would be in any order
     write_atomic(path, lambda p: p.write_bytes(save(rows, head)))
+
+
+def _head(entries) -> dict:
+    "The header of a cache, also of one that was written before November 2026. Raises ValueError for another's."
+    if entries.get("format") == "diclip-cache-1":
+        return dict(entries, classes=json.loads(entries["classes"]), meta=json.loads(entries["meta"]))
+    head = json.loads(entries["diclip-cache"])
+    if head["format"] != 2 or not isinstance(head["meta"], dict):
+        raise ValueError("written by another version")
+    return head
 
 # %% ../../nbs/appendix/a8_cachefile.ipynb #a8c00010
 def read_rows(path) -> tuple:  # keys, values, classes, meta
@@ -53,10 +59,10 @@ def read_rows(path) -> tuple:  # keys, values, classes, meta
         )
     try:
         with safe_open(str(path), "pt") as f:
-            head, rows = f.metadata(), {k: f.get_tensor(k) for k in ("keys", "values")}
+            head, rows = _head(f.metadata()), {k: f.get_tensor(k) for k in ("keys", "values")}
         if head["digest"] != digest(*rows.values()):
             raise ValueError("checksum differs")
-        return rows["keys"], rows["values"], json.loads(head["classes"]), json.loads(head["meta"])
+        return rows["keys"], rows["values"], head["classes"], head["meta"]
     except Exception as e:
         raise ValueError(
             f"{path} is no readable cache ({type(e).__name__}: {e}): delete it and build it again with"

@@ -12,16 +12,17 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .checkpoint import read_log
+from .files import write_atomic
 
 # %% ../../nbs/appendix/a6_log.ipynb #a6l06a05
 class Log:
     """Losses and scores by iteration: lines of JSON, TensorBoard beside them, and the mean since the last
     line."""
 
-    def __init__(self, folder, first: int, active=True):
+    def __init__(self, folder, first: int, active=True, sums=None, n=0):
         self.path = Path(folder) / "log.jsonl"
-        self.sums = {}
-        self.n = 0
+        self.sums = dict(sums or {})  # since the last line, of `n` iterations: from a checkpoint
+        self.n = n
         self.board = None
         if not active:
             self.path = None
@@ -29,7 +30,7 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # what a killed run wrote after its last checkpoint is done again
         kept = [l for l in read_log(folder) if l["iteration"] <= first]
-        self.path.write_text("".join(json.dumps(l) + "\n" for l in kept))
+        write_atomic(self.path, lambda p: p.write_text("".join(json.dumps(l) + "\n" for l in kept)))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
