@@ -114,8 +114,8 @@ def check(
     grid=None,  # (h, w) patches
     recipe=None,  # the reader's `Profile`: how its features are made
 ) -> "Cache":  # itself
-    """Refuse a cache that was made for other classes, another CLIP, diffusion model, grid or kind of features,
-    with a ValueError"""
+    """Refuse a cache that was made for other classes, another CLIP, diffusion model, grid or kind of
+    features, with a ValueError"""
     if classes is not None and tuple(classes) != self.classes:
         raise ValueError(
             f"this cache was made for the classes {', '.join(self.classes)}, not {', '.join(classes)}: "

@@ -133,7 +133,7 @@ class VceSettings:
     groups: PositiveInt = 9  # k of (4) (Table VI a)
     layers: PositiveInt = 3  # L, enhanced CLIP layers (Table VI b)
     group_metric: Literal["kl", "euclidean"] = "kl"  # distance of two rows in (4) (33_acr)
-    tau_n: NonNegativeFloat = 0.2  # tau * N of (6): 5e-4 at N = 400 (Table VI c)
+    tau_n: Annotated[float, Field(ge=0, le=100)] = 0.2  # tau * N of (6): 5e-4 at N = 400 (Table VI c)
     alpha: NonNegativeFloat = 1.0  # weight of the diffusion attention (7) (Table VI d)
     rounds: NonNegativeInt = 3  # n of (6) (Table VII)
     regroup: bool = True  # find groups anew in every round of (6), or once (chosen, 33_acr)

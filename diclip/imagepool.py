@@ -177,6 +177,15 @@ def _made_so(folder, sd, profile, words) -> bool:
     return how.items() <= ({"sampler": "ddim"} | note).items()
 
 
+def shipped_pool(sd, profile):  # the folder, or None
+    "The pool of this package that was made by this model as the profile says, for these classes at least."
+    import diclip
+
+    words = dict(zip(profile.classes, profile.image_names or profile.classes))
+    folders = sorted(p.parent for p in (Path(diclip.__file__).parent / "pool").glob("*/pool.json"))
+    return next((f for f in folders if _made_so(f, sd, profile, words)), None)
+
+
 def _copy_pool(source, target):
     "Copy a pool, its note last: where the note is, all images are, whoever else copies or draws."
     for f in sorted(source.rglob("*.*"), key=lambda f: f.name == "pool.json"):
@@ -193,11 +202,9 @@ def profile_pool(
 ) -> Path:
     """The folder with the images of a profile's cache. Where a shipped pool was made as the profile says but
     has too few, drawing goes on behind a copy of it."""
-    import diclip
-
-    shipped = Path(diclip.__file__).parent / "pool" / profile.name
     words = dict(zip(profile.classes, profile.image_names or profile.classes))
-    if not remake and _made_so(shipped, sd, profile, words):
+    shipped = shipped_pool(sd, profile)
+    if not remake and shipped:
         if all((shipped / c / f"{profile.images_per_class - 1:04d}.png").is_file() for c in words):
             return shipped
         if not (Path(folder) / "pool.json").exists():

@@ -31,7 +31,7 @@ def background_score(
 ) -> Tensor:  # (B, 1, ...) in [0, 1]
     "(1 - max_c M_c) ** gamma. Raises ValueError for NaN, maps outside [0, 1], or gamma <= 0."
     _check_maps(maps)
-    if gamma <= 0:
+    if not 0 < gamma < float("inf"):
         raise ValueError(f"gamma is {gamma}: give a number above 0")
     return (1 - maps.amax(1, keepdim=True)).clamp(0, 1) ** gamma
 
@@ -43,6 +43,8 @@ def _check_mode(low, high, threshold):
         raise ValueError("give the pair low and high or one threshold, not all three")
     if low is not None and not low < high:
         raise ValueError(f"low is {low} and high is {high}: low must be below high")
+    if any(t is not None and not 0 <= t <= 1 for t in (low, high, threshold)):
+        raise ValueError(f"thresholds are {(low, high, threshold)}: maps lie in [0, 1], and so do their cuts")
 
 
 def pseudo_labels(

@@ -330,6 +330,14 @@ def train(
     """Train for `profile.iterations`.
     Raises ValueError for a checkpoint of another training, for a folder in which another one is at work, or
     a damaged image unless the data set skips it."""
+    for name, n, low in (
+        ("save_every", save_every, 0),
+        ("log_every", log_every, 1),
+        ("eval_every", eval_every, 0),
+        ("workers", workers, 0),
+    ):
+        if not isinstance(n, int) or n < low:
+            raise ValueError(f"{name}={n!r}: give a whole number from {low} up")
     p, a = learner.profile, learner.accelerator
     with only_one(folder, "training") if a.is_main_process else nullcontext():
         check_folder(folder, resume)

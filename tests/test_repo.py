@@ -51,13 +51,13 @@ def imports(module):
 
 
 LAYERS = """config shapes world data plot metrics
-engine.check engine.files engine.shard engine.cachefile engine.checkpoint engine.log engine.store engine.clip_weights engine.sd_weights engine.unet_attention imagepool
-datasets.index datasets.sbd datasets.coco datasets.singles datasets.augment datasets.batches datasets.download
+engine.check engine.files engine.shell engine.shard engine.cachefile engine.checkpoint engine.log engine.store engine.clip_weights engine.sd_weights engine.unet_attention imagepool
+datasets.index datasets.sbd datasets.coco datasets.singles datasets.own datasets.augment datasets.batches datasets.download
 clip cam labels affinity
 sd acr vce
 keys cache retrieval
 losses head supervision train infer crf
-model app.output app.submit app.records app.experiment app.stages study app.paper app.tables app.cost app.results app.repro app.jobs app.sweep app.bench app.commands
+model app.output app.submit app.records app.experiment app.stages study app.paper app.tables app.cost app.results app.repro app.jobs app.sweep app.bench app.report app.commands
 mini.pool mini.training mini.vocabulary mini.clip mini.vae mini.unet mini.card""".split()
 
 

@@ -23,7 +23,9 @@ from ..cache import Cache
 from ..cam import patch_text_cam
 from ..clip import DenseCLIP, load_clip
 from ..config import get_profile
+from ..engine.check import check_device
 from ..engine.files import write_json
+from ..engine.shell import exit_on_user_error
 from ..engine.sd_weights import local_folder, quiet
 from ..keys import cache_values
 from ..model import as_dtype
@@ -363,15 +365,20 @@ def diclip_bench(
     precision: str = "fp32",  # "fp32", "bf16" or, on a GPU, "fp16"
     runs: int = 3,  # that are timed, of each stage
     record: str = "",  # JSON file to which the run is added
+    debug: bool = False,  # show the traceback of a refusal
 ):
     "Time every stage beside the time that its arithmetic would take, with peak memory"
-    run = bench(get_profile(profile), random, images, device, precision, runs)
-    how, where = run["parameters"], run["environment"]["hardware"]
-    print(
-        f"{profile}, batches of {how['images']}, precision {precision}, {where}; median of {runs};"
-        f" matrix product {run['rate'] / 1e9:.0f} * 10^9 operations a second"
-    )
-    print(speed_table(run))
-    if record:
-        add_run(record, run)
-        print(f"record: {Path(record).name}")
+    with exit_on_user_error(debug):
+        check_device(device)
+        if runs < 1 or images < 0:
+            raise ValueError(f"runs={runs}, images={images}: give numbers above 0")
+        run = bench(get_profile(profile), random, images, device, precision, runs)
+        how, where = run["parameters"], run["environment"]["hardware"]
+        print(
+            f"{profile}, batches of {how['images']}, precision {precision}, {where}; median of {runs};"
+            f" matrix product {run['rate'] / 1e9:.0f} * 10^9 operations a second"
+        )
+        print(speed_table(run))
+        if record:
+            add_run(record, run)
+            print(f"record: {Path(record).name}")

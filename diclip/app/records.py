@@ -92,8 +92,8 @@ def _sentence(error) -> str:
         return f"{where} lacks {' or '.join(choice['required'][0] for choice in error.rule_definition)}"
     if error.rule == "minProperties":
         return f"{where} has no rows"
-    value = repr(error.value)
-    return f"{where}: {value if len(value) < 60 else value[:57] + '...'} {error.message.removeprefix(error.name).strip()}"
+    value, fault = repr(error.value), error.message.removeprefix(error.name).strip()
+    return f"{where}: {value if len(value) < 60 else value[:57] + '...'} {fault}"
 
 
 @cache

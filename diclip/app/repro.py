@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['experiment_notebook', 'write_report', 'run_notebook', 'notebook_parameters', 'check_parameters', 'parse_value',
-           'parse_settings', 'exit_on_user_error', 'check_gpu', 'diclip_repro']
+           'parse_settings', 'check_gpu', 'diclip_repro']
 
 # %% ../../nbs/6_use/63_repro.ipynb #f796b360
 import ast
@@ -13,12 +13,13 @@ import math
 import os
 import re
 import time
-from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from fastcore.script import Param, call_parse
+from ..engine.files import only_one
+from ..engine.shell import exit_on_user_error
 from ..config import Profile, get_profile
 
 # %% ../../nbs/6_use/63_repro.ipynb #7778150e
@@ -197,22 +198,12 @@ def parse_settings(
     return found
 
 # %% ../../nbs/6_use/63_repro.ipynb #63c00021
-@contextmanager
-def exit_on_user_error():
-    "Errors of the user's making become one line and exit code 1, as from a command."
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as e:
-        raise SystemExit(f"error: {e}") from None
-
-
 def check_gpu(device: str):
-    "Raises ValueError for cuda on a machine without it."
-    if device.startswith("cuda"):
-        import torch
+    "Raises ValueError for a device that PyTorch does not know or find; does not load PyTorch for a CPU."
+    if device != "cpu":
+        from diclip.engine.check import check_device
 
-        if not torch.cuda.is_available():
-            raise ValueError(f"device={device!r}: PyTorch sees no GPU here, choose cpu")
+        check_device(device)
 
 # %% ../../nbs/6_use/63_repro.ipynb #63c00022
 _MAIN = dict(n_train=100, n_val=200, split="val", seeds=1, per_class=50, remake_pool=False)
@@ -269,6 +260,7 @@ def diclip_repro(
         str,
         action="append",
     ) = None,
+    debug: bool = False,  # show the traceback of a refusal
 ):
     """Measure CLIP, + VCE, + cache and their controls, then train Table IV; print both beside the paper's
     numbers, write records and HTML reports. With names: run these experiments"""
@@ -281,12 +273,13 @@ def diclip_repro(
     given |= {
         k: v for k, v, usual in (("device", device, "cpu"), ("precision", precision, "fp32")) if v != usual
     }
-    with exit_on_user_error():
+    with exit_on_user_error(debug):
         changes = parse_settings(set)
         runs = [(e, given | changes) for e in experiments or ()] or _main_job(given, changes)
         runs = [(e, check_parameters(e, p)) for e, p in runs]
         check_gpu(device)
-    for experiment, parameters in runs:
-        print("\n" + _table(run_notebook(experiment, out, **parameters)) + "\n")
+        with only_one(out, "measurement"):
+            for experiment, parameters in runs:
+                print("\n" + _table(run_notebook(experiment, out, **parameters)) + "\n")
     minutes = (time.time() - start) / 60
     print(f"{minutes:.1f} minutes. Records, executed notebooks and reports: {out}/*.json, *.ipynb, *.html")

@@ -14,6 +14,7 @@ import numpy as np
 from fastcore.script import Param, call_parse
 from PIL import Image, UnidentifiedImageError
 from ..data import palette, palette_image
+from ..engine.shell import exit_on_user_error
 from .output import check_mask, replacing
 
 # %% ../../nbs/appendix/d4_submit.ipynb #790f7695
@@ -277,17 +278,16 @@ def diclip_submit(
     data: str = "",  # folder VOC2012 with the test images (diclip_data voc_test): ids and sizes are compared
     list: str = "",  # file with the ids, one a line, where they are not VOC's own test list
     check: str = "",  # an archive to check, instead of writing one
+    debug: bool = False,  # show the traceback of a refusal
 ):
     "Write or check the archive that VOC's evaluation server takes for segmentation (competition comp6)"
-    try:
+    with exit_on_user_error(debug):
         if bool(predictions) == bool(check):
             raise ValueError(
                 "give a folder of predictions to write an archive, or --check ARCHIVE to check one"
             )
         wanted = wanted_masks(data, list) if data or list else None
         n = check_results(check, wanted) if check else submit_folder(predictions, out, wanted)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"diclip_submit: {e}") from None
     against = [f"ids as in {list or 'the test list'}" if wanted else "ids not compared with a list (--data)"]
     against += ["sizes as the images'" if data else "sizes not compared with images (--data)"]
     print(f"{check or out}: {n:,} masks, palette PNG, class ids 0 to 20; {', '.join(against)}")

@@ -22,9 +22,10 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse
 from .jobs import Job, finished, noted, plan, plan_given, publish, read_jobs
-from .repro import check_gpu, exit_on_user_error, parse_settings, parse_value, run_notebook
+from .repro import check_gpu, parse_settings, parse_value, run_notebook
 from ..engine.files import write_atomic, write_json
 from ..engine.shard import read_shard, share
+from ..engine.shell import exit_on_user_error
 
 # %% ../../nbs/6_use/68_sweep.ipynb #67000020
 def _collect(job, out, scratch, pattern):
@@ -311,11 +312,12 @@ def diclip_sweep(
     shard: str = "",  # i/n, i from 0: only this part of the runs; "auto": Slurm's or Kubernetes' numbers
     slurm: Param("submit to Slurm, with options of submitit NAME=VALUE ...", str, nargs="*") = None,
     status: bool = False,  # print the table and run nothing
+    debug: bool = False,  # show the traceback of a refusal
 ):
     "Run experiments for all values and seeds, what is not done yet; the exit code is 1 if a run fails"
     common = dict(profile=profile) | (dict(device=device) if device != "cpu" else {})
     common |= dict(data=str(Path(data).resolve())) if data else {}
-    with exit_on_user_error():
+    with exit_on_user_error(debug):
         if jobs < 1:
             raise ValueError(f"jobs={jobs}: give a number above 0")
         common |= parse_settings(set)
@@ -326,9 +328,9 @@ def diclip_sweep(
             return
         if not status:
             check_gpu(device)
-    _ = status or Sweep(mine, out, jobs).run()
-    print(progress(mine, out))
-    if publish_to:
-        print(*publish(mine, out, publish_to), sep="\n")
+            Sweep(mine, out, jobs).run()
+        print(progress(mine, out))
+        if publish_to:
+            print(*publish(mine, out, publish_to), sep="\n")
     if any(state(job, out)[0] == "failed" for job in mine):
         raise SystemExit(1)

@@ -20,6 +20,8 @@ class Order:
     def __init__(self, n: int, seed: int = 0):
         if n < 1:
             raise ValueError("a data set without images cannot be trained on: check the list of the split")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed={seed!r}: give a whole number from 0 up")
         self.n = n
         self.seed = seed
         self._epoch = (None, None)

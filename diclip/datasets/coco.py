@@ -7,6 +7,8 @@ __all__ = ['COCO_HELP', 'paint_instances', 'read_annotations', 'image_level_labe
 
 # %% ../../nbs/appendix/c2_coco.ipynb #a5bbcad5
 import io
+import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import cached_property
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..config import COCO_CLASSES
-from ..data import VOC, VOC_HELP, MiniWorld, Sample, read_image
+from ..data import MAX_PIXELS, VOC, VOC_HELP, MiniWorld, Sample, first_ids, read_image
 from .index import file_stamp, cached_values
 
 # %% ../../nbs/appendix/c2_coco.ipynb #aca223f3
@@ -42,6 +44,36 @@ COCO_HELP = (
 )
 
 
+def _check_numbers(parts):
+    "Raises ValueError where something is there twice, or has a size or a shape that cannot be."
+    stems = [Path(f["file_name"]).stem for f in parts["images"]]
+    ids = [[f["id"] for f in parts[k]] for k in ("images", "annotations", "categories")]
+    for kind, found in zip(("image", "annotation", "category", "file name"), [*ids, stems]):
+        if twice := [k for k, n in Counter(found).items() if n > 1]:
+            raise ValueError(f"{kind} {twice[0]} is there twice")
+    if bad := [f for f in parts["images"] if not 0 < f.get("height", 1) * f.get("width", 1) <= MAX_PIXELS]:
+        raise ValueError(f"image {bad[0]['id']} has {bad[0]['height']} x {bad[0]['width']} pixels")
+    _ = [c["name"] for c in parts["categories"]]
+    known = set(ids[0])
+    for a in parts["annotations"]:
+        if a["image_id"] not in known:
+            raise ValueError(f"annotation {a['id']} is of image {a['image_id']}, which is not there")
+
+
+def _check_region(a, size):
+    "Raises ValueError for the region of an annotation that pycocotools would read beyond its end."
+    region = a["segmentation"]
+    if isinstance(region, dict):
+        if list(region["size"]) != list(size):
+            raise ValueError(f"its size is {region['size']}, the image's {list(size)}")
+        if isinstance(region["counts"], list) and sum(region["counts"]) != math.prod(size):
+            raise ValueError("its counts do not add up to the image")
+        return
+    for polygon in region:
+        if len(polygon) % 2 or len(polygon) < 6 or not np.isfinite(polygon).all():
+            raise ValueError("a polygon needs pairs of finite numbers, three or more")
+
+# %% ../../nbs/appendix/c2_coco.ipynb #dd2d499f
 def read_annotations(path):  # a `pycocotools.coco.COCO`
     "COCO's annotation file. Raises ValueError for a file that is missing, truncated or something else."
     from pycocotools.coco import COCO as Annotations
@@ -54,7 +86,8 @@ def read_annotations(path):  # a `pycocotools.coco.COCO`
             api = Annotations(str(path))
         if not (api.cats and api.imgs):
             raise ValueError("it lists no images or no categories")
-    except (ValueError, KeyError, TypeError, AssertionError) as e:
+        _check_numbers(api.dataset)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as e:
         raise ValueError(
             f"cannot read {path.name} as COCO instances ({type(e).__name__}: {e}): the file is damaged or"
             " incomplete, unpack it again"
@@ -107,7 +140,7 @@ class COCO(Sequence):
         labels = self._labels()
         keep = split == "train" if labelled is None else labelled
         self.labels = {k: tuple(v) for k, v in labels.items() if v or not keep}
-        self.ids = list(self.labels)[:n]
+        self.ids = first_ids(list(self.labels), n, f"{split} of {self.root.name}")
         if not masks:
             self.__dict__.pop("api", None)
 
@@ -162,8 +195,10 @@ def mask(self: COCO, name: str) -> np.ndarray:  # (H, W) uint8
     "The mask of an image id. Raises ValueError for a region that cannot be decoded or that has another size."
     k, index = self.numbers[name], {c: i for i, c in enumerate(sorted(self.api.cats))}
     found, regions = self.api.imgToAnns[k], []
+    size = self.api.imgs[k]["height"], self.api.imgs[k]["width"]
     for a in found:
         try:
+            _check_region(a, size)
             regions.append(self.api.annToMask(a).astype(bool))
         except Exception as e:
             raise ValueError(
@@ -171,7 +206,7 @@ def mask(self: COCO, name: str) -> np.ndarray:  # (H, W) uint8
                 " damaged, unpack it again"
             ) from None
     values = [255 if a.get("iscrowd") else index[a["category_id"]] + 1 for a in found]
-    return paint_instances(regions, values, (self.api.imgs[k]["height"], self.api.imgs[k]["width"]))
+    return paint_instances(regions, values, size)
 
 
 @patch

@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 from fastcore.script import Param, call_parse
 from ..data import VOC, MiniWorld, export_voc
 from .sbd import sbd_to_voc
+from ..engine.shell import exit_on_user_error
 from ..world import CLASSES, SPLIT_SIZE
 
 # %% ../../nbs/appendix/c6_download.ipynb #60626daa
@@ -244,17 +245,26 @@ def fetch(
     return target
 
 # %% ../../nbs/appendix/c6_download.ipynb #7d4e0f02
+def _check_size(path, size):
+    "Raises tarfile.FilterError for what would become a hundred times larger: photographs do not shrink."
+    if size > 100 * path.stat().st_size + 1e6:
+        raise tarfile.FilterError(f"{size / 1e6:.0f} MB from {path.stat().st_size / 1e6:.1f} MB")
+
+
 def _members(path):
-    "Pairs of a member's name and a function that extracts it into a folder."
+    "Functions that extract a member into a folder."
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
+            _check_size(path, sum(m.file_size for m in z.infolist()))
             for m in z.infolist():
                 if m.filename.startswith(("/", "\\")) or ".." in Path(m.filename).parts or ":" in m.filename:
                     raise tarfile.FilterError(m.filename)
                 yield lambda to: z.extract(m, to)
     else:
         with tarfile.open(path) as t:
+            size = 0
             for m in t:
+                _check_size(path, size := size + m.size)
                 yield lambda to: t.extract(m, to, filter="data")
 
 # %% ../../nbs/appendix/c6_download.ipynb #0dcfa515
@@ -268,6 +278,8 @@ def unpack(
     from tqdm import tqdm
 
     path, folder = Path(path), Path(folder)
+    if not path.is_file():
+        raise ValueError(f"no archive {path}: check the path")
     staging = folder / f"{path.name}.unpacking"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -280,7 +292,7 @@ def unpack(
             os.replace(f, target)
     except tarfile.FilterError as e:
         raise ValueError(
-            f"{path.name} wants to write outside of its folder ({e}): do not trust it, get the archive from"
+            f"{path.name} wants to write elsewhere, or too much ({e}): do not trust it, get it from"
             " its official address"
         ) from None
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as e:
@@ -435,9 +447,10 @@ def diclip_data(
         str,
         nargs="+",
     ) = None,
+    debug: bool = False,  # show the traceback of a refusal
 ):
     "Fetch, check and unpack a data set, from the first address that serves it or from files on the disk"
-    try:
+    with exit_on_user_error(debug):
         if verify and from_file:
             raise ValueError("--verify looks at what is there already: leave out --from")
         if not verify:
@@ -446,5 +459,3 @@ def diclip_data(
             verify_data(name, root)
         else:
             print({s: len(VOC(Path(root) / FOLDERS["mini"], s, classes=CLASSES)) for s in SPLIT_SIZE})
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"diclip_data: {e}") from None

@@ -39,12 +39,15 @@ def write_rows(path, keys: Tensor, values: Tensor, classes, meta: dict):
 
 
 def _head(entries) -> dict:
-    "The header of a cache, also of one that was written before November 2026. Raises ValueError for another's."
-    if entries.get("format") == "diclip-cache-1":
-        return dict(entries, classes=json.loads(entries["classes"]), meta=json.loads(entries["meta"]))
-    head = json.loads(entries["diclip-cache"])
-    if head["format"] != 2 or not isinstance(head["meta"], dict):
+    "The header of a cache, an older one too. Raises ValueError for what is none."
+    if "diclip-cache" in entries:
+        head = json.loads(entries["diclip-cache"])
+    else:
+        head = dict(entries, classes=json.loads(entries["classes"]), meta=json.loads(entries["meta"]))
+    if head["format"] not in (2, "diclip-cache-1"):
         raise ValueError("written by another version")
+    if not isinstance(head["meta"], dict) or not isinstance(head["classes"], list):
+        raise ValueError("its header has another form")
     return head
 
 # %% ../../nbs/appendix/a8_cachefile.ipynb #a8c00010

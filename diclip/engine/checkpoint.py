@@ -33,8 +33,7 @@ def read_log(folder) -> list:
 
 
 def _sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def save_checkpoint(

@@ -20,7 +20,7 @@ def replacing(path):
     Makes missing folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
+    beside = path.with_name(f".{uuid4().hex[:12]}{path.suffix}.tmp")
     try:
         yield beside
         umask = os.umask(0o22)
@@ -60,7 +60,7 @@ def only_one(
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"another {what} is at work in the folder {path.parent.name}: wait for it, or choose another folder"
+            f"another {what} is at work in the folder {path.parent.name}: wait for it, or choose another"
         ) from None
     try:
         yield
