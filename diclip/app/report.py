@@ -185,14 +185,14 @@ def complaints(
     return said
 
 # %% ../../nbs/6_use/74_own.ipynb #ceaf4edb
-def pool_sheet(model, folder, each=8) -> str:  # HTML
-    "The generated images of each class, with the share that CLIP puts into it."
+def pool_sheet(model, folder, each=8, most=24) -> str:  # HTML
+    "Generated images of each class, with the share of the first that CLIP puts into it."
     p, parts = model.profile, []
     pool = shipped_pool(model.sd, p) or Path(folder) / "pool"
     for c, name in enumerate(p.classes):
         if not (pool / name).is_dir():
             continue
-        images = class_images(pool, name, p.images_per_class)
+        images = class_images(pool, name, most)
         right = (image_scores(model, images).argmax(1) == c).float().mean()
         parts.append(
             f"<h3>{html.escape(name)}: CLIP puts {right:.0%} of {len(images)} images into the class</h3>"
@@ -258,7 +258,7 @@ def _body(model, samples, folder, some, cams, masks, rows, known, share, pairs):
     if unnamed := getattr(samples, "unnamed", 0):
         wrong.append(f"{unnamed} pictures of the folder are not in the list, and were not used")
     if pairs:
-        wrong.append(f"{len(pairs)} labels look wrong to CLIP: see below, and correct the list")
+        wrong.append(f"labels that look wrong to CLIP: {len(pairs)}; see below, and correct the list")
     wrong = wrong or ["Nothing that could be seen without masks."]
     over = lambda s, ids: _picture(_over(s.image, ids))
     names = [", ".join(p.classes[c] for c in s.labels) or "nothing" for s in some]

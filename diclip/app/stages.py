@@ -121,7 +121,7 @@ class Study:
             replaced(profile, rest) if isinstance(profile, Profile) else get_profile(profile, **rest)
         )
         self.plan = Plan(**plan)
-        self.store = Store(folder, say)
+        self.store = Store(folder, say, least=100_000_000)  # what fills a disk is announced
         self.shared = {}
 
     def at(self, **changes) -> "Study":

@@ -70,9 +70,11 @@ class Store:
         self,
         folder,  # made when the first file is written
         say=None,  # called with one line before an array is written
+        least: int = 0,  # bytes of an array of which anything is said
     ):
         self.folder = Path(folder)
         self.say = say or (lambda line: None)
+        self.least = least
         self.made = Counter()  # what was computed here and not read, by kind
 
     def path(self, kind, facts, suffix) -> Path:
@@ -93,7 +95,8 @@ class Store:
             line = room_for(path, shape, dtype)
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():
-                    self.say(line)
+                    if np.prod(shape) * np.dtype(dtype).itemsize >= self.least:
+                        self.say(line)
                     fill(path, shape, rows, dtype)
                     write_json(path.with_suffix(".json"), facts)
                     self.made[kind] += 1
