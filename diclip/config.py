@@ -39,7 +39,7 @@ Words = tuple[str, ...]
 
 def settings(cls):
     "A frozen dataclass whose values are checked when they are set. Raises ValueError that names the setting."
-    made = dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False))(cls)
+    made = dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, extra="forbid"))(cls)
     init = made.__init__
 
     @wraps(init)

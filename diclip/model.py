@@ -110,7 +110,8 @@ def from_pretrained(
             return load_folder(cls, name, device, dtype, cache, trust, **overrides)
         if len(Path(name).parts) > 1:
             raise ValueError(f"no model folder {name}: train one with diclip_train, or name a profile")
-    p = name if isinstance(name, Profile) else get_profile(name, **overrides)
+    get_profile(**overrides)  # their names
+    p = replace(name, **overrides) if isinstance(name, Profile) else get_profile(name, **overrides)
     return cls(load_clip(p, device, dtype), load_sd(p, device, dtype), p, cache)
 
 # %% ../nbs/6_use/61_model.ipynb #4b1ba709
@@ -465,9 +466,9 @@ def read_profile(folder):  # a `Profile`
 _WEIGHTS = ("clip", "clip_weights", "sd", "sd_alternatives", "sd_unet", "sd_versions")
 
 
-def _check_weights(profile, folder):
-    "Raises ValueError for a folder that names other weights than this package's profiles do."
-    for name in _WEIGHTS:
+def _check_weights(profile, folder, given):
+    "Raises ValueError for a folder that names other weights than this package's profiles, or the caller, do."
+    for name in set(_WEIGHTS) - set(given):
         if all(getattr(profile, name) != getattr(known, name) for known in PROFILES.values()):
             raise ValueError(
                 f"the model in {Path(folder).name} would load {name}={getattr(profile, name)!r}, which may be"
@@ -522,7 +523,7 @@ def load_folder(cls, folder, device, dtype, cache, trust, **overrides):
     get_profile(**overrides)  # names
     profile = replace(profile, **overrides)
     if not trust:
-        _check_weights(profile, folder)
+        _check_weights(profile, folder, overrides)
     model = cls(
         load_clip(profile, device, dtype),
         LazyStableDiffusion(partial(load_sd, profile, device, dtype), record["sd"]),

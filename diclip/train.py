@@ -218,7 +218,7 @@ def data_digest(samples) -> str:
     if isinstance(samples, list):
         known = [(s.id, [int(c) for c in s.labels]) for s in samples]
     else:
-        known = [list(samples.ids), getattr(samples, "labels", None)]
+        known = [list(getattr(samples, "ids", range(len(samples)))), getattr(samples, "labels", None)]
     return hashlib.sha256(json.dumps(known, default=list).encode()).hexdigest()[:16]
 
 

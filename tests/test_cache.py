@@ -200,7 +200,7 @@ def test_other_safetensors_and_missing_files(tmp_path):
 def test_the_header_is_readable_without_this_package(tmp_path):
     from safetensors import safe_open
     a_cache().save(tmp_path / "c.safetensors")
-    with safe_open(str(tmp_path / "c.safetensors"), "np") as f: assert json.loads(f.metadata()["classes"]) == ["a", "b", "c"]
+    with safe_open(str(tmp_path / "c.safetensors"), "np") as f: assert json.loads(f.metadata()["diclip-cache"])["classes"] == ["a", "b", "c"]
 
 
 def test_check_accepts_what_fits_and_what_is_unknown():

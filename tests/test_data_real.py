@@ -639,7 +639,7 @@ def members(path):
 
 def refused(**arguments):
     with pytest.raises(SystemExit) as e: submit.diclip_submit(**arguments)
-    assert "\n" not in str(e.value) and str(e.value).startswith("diclip_submit: ")
+    assert "\n" not in str(e.value) and str(e.value).startswith("error: ")
     return str(e.value)
 
 

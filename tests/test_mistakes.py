@@ -41,7 +41,7 @@ def shell(*words, cwd=None):
 
 @pytest.mark.parametrize("words, message", [(["diclip_cam", "nothing.png", "--classes", "boat"], "check the path"), (["diclip_train", "--device", "foo"], "unknown device 'foo'"),
     (["diclip_cache", "--device", "cuda:77"], "PyTorch finds"), (["diclip_segment", ".", "--model", "runs/none/model"], "no"), (["diclip_repro", "--profile", "maxi"], "unknown profile 'maxi'"), (["diclip_train", "--seed", "-1"], "seed=-1"),
-    (["diclip_data", "imagenet"], "unknown data set"), (["diclip_train", "--data", ".", "--labels", "none.csv"], "no list of labels"), (["diclip_bench", "--runs", "0"], "runs=0")])
+    (["diclip_data", "imagenet"], "unknown data set"), (["diclip_train", "--data", ".", "--labels", "none.csv"], "no list of labels"), (["diclip_bench", "--runs", "0"], "at least one")])
 def test_one_line_and_exit_code_2(words, message, tmp_path):
     code, said = shell(*words, cwd=tmp_path)
     assert code == 2 and len(said.strip().splitlines()) == 1 and said.startswith("error: ") and message in said

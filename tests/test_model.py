@@ -137,9 +137,9 @@ def test_bfloat16_at_random_weights(tmp_path):
     half.fit(MiniWorld("train", 8), tmp_path / "training", progress=False)
     assert {v.dtype for v in half.student.state_dict().values()} == {half.cache.keys.dtype} == {torch.float32}
     half.save_pretrained(tmp_path / "model")
-    again = DiCLIP.from_pretrained(tmp_path / "model", dtype="bf16")
+    again = DiCLIP.from_pretrained(tmp_path / "model", dtype="bf16", trust=True)
     assert all(torch.equal(a, b) for a, b in zip(again.segment(x), half.segment(x)))
-    same = [(a == b).float().mean() for a, b in zip(DiCLIP.from_pretrained(tmp_path / "model").segment(x), half.segment(x))]
+    same = [(a == b).float().mean() for a, b in zip(DiCLIP.from_pretrained(tmp_path / "model", trust=True).segment(x), half.segment(x))]
     assert min(same) > .9
 
 

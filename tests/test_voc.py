@@ -117,7 +117,7 @@ def test_every_command_as_voc(real, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as mp:
         mp.setattr(Learner, "step", stopped)
         mp.setattr("diclip.model.train", partial(train, save_every=1))
-        with pytest.raises(KeyboardInterrupt): learn()
+        with pytest.raises(SystemExit, match="interrupted"): learn()
     assert load_checkpoint("train")[1]["iteration"] == 2
     with pytest.raises(SystemExit, match="pass --resume"): learn()
     learn(resume=True)

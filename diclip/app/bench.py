@@ -370,8 +370,6 @@ def diclip_bench(
     "Time every stage beside the time that its arithmetic would take, with peak memory"
     with exit_on_user_error(debug):
         check_device(device)
-        if runs < 1 or images < 0:
-            raise ValueError(f"runs={runs}, images={images}: give numbers above 0")
         run = bench(get_profile(profile), random, images, device, precision, runs)
         how, where = run["parameters"], run["environment"]["hardware"]
         print(

@@ -308,7 +308,7 @@ def diclip_segment(
     debug: bool = False,  # show the traceback of a refusal
 ):
     "Segment image files, labels not given; what an interrupted run has written is not computed again"
-    how = dict(scales=(1.0,), flip=False) if one_scale else dict(mean=mean or None)
+    how = (dict(scales=(1.0,), flip=False) if one_scale else {}) | dict(mean=mean or None)
     with exit_on_user_error(debug):
         from diclip.app.output import check_targets
         from diclip.engine.files import only_one
@@ -358,7 +358,7 @@ def diclip_eval(
     debug: bool = False,  # show the traceback of a refusal
 ):
     "Score a trained model on masks: mIoU with its 95 % interval and the whole protocol"
-    how = dict(scales=(1.0,), flip=False) if one_scale else dict(mean=mean or None)
+    how = (dict(scales=(1.0,), flip=False) if one_scale else {}) | dict(mean=mean or None)
     with exit_on_user_error(debug):
         from diclip.datasets.coco import open_dataset
         from diclip.metrics import ConfusionMatrix
@@ -371,7 +371,8 @@ def diclip_eval(
         for i in tqdm(range(len(samples)), unit="image"):
             matrix.update(m.segment([samples[i]], crf=crf, **how)[0], samples[i].mask)
         views = dict(scales=m.profile.scales, flip=True, mean_of=mean or m.profile.view_mean)
+        one = dict(scales=(1.0,), flip=False)
         facts = dict(split=f"{m.profile.name} {split}", labels=False, threshold=None, images=len(samples))
         _print_scores(
-            matrix, m.profile, crf=crf, precision=precision, **facts, **(how if one_scale else views)
+            matrix, m.profile, crf=crf, precision=precision, **facts, **(one if one_scale else views)
         )

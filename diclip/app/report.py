@@ -240,8 +240,8 @@ _HEAD = "class|pictures|average precision|by chance|CAM covers|segmentation cove
     "|"
 )
 _NOTES = """<p>Average precision: of CLIP's ranking of the whole pictures by the words of the class.
-The CAM <math><mi>M</mi></math> knows the labels, the segmentation <math><mi>S</mi></math> does not; agreement is
-{agree}, over {n} pictures, and found is where the segmentation shows more than 1 % of the class.
+The CAM <math><mi>M</mi></math> knows the labels, the segmentation <math><mi>S</mi></math> does not;
+agreement is {agree}, over {n} pictures, and found is where the segmentation shows more than 1 % of the class.
 None of this is a score against masks.</p>"""
 
 

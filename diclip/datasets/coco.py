@@ -65,7 +65,7 @@ def _check_region(a, size):
     region = a["segmentation"]
     if isinstance(region, dict):
         if list(region["size"]) != list(size):
-            raise ValueError(f"its size is {region['size']}, the image's {list(size)}")
+            raise ValueError(f"{region['size']} and the image {list(size)} belong to different data sets")
         if isinstance(region["counts"], list) and sum(region["counts"]) != math.prod(size):
             raise ValueError("its counts do not add up to the image")
         return
