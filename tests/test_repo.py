@@ -1,5 +1,5 @@
 "The repository itself: imports, the module graph, generated files, notebooks, sizes (style rules 23 and 24)."
-import ast, hashlib, io, json, re, shutil, subprocess, sys, tokenize
+import ast, hashlib, io, json, os, re, shutil, subprocess, sys, tokenize
 from pathlib import Path
 
 import pytest
@@ -215,3 +215,11 @@ def test_shipped_weights_are_small_safetensors_with_known_hashes():
         elif p.suffix == ".safetensors":
             key = p.relative_to(ROOT / "diclip/weights").as_posix()
             assert card[key] == hashlib.sha256(p.read_bytes()).hexdigest(), f"{key} is not the file of the model card"
+
+
+def test_an_installed_package_has_the_experiments(tmp_path):
+    made = subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    code = "import diclip; from diclip.app.repro import experiment_notebook as e, notebook_parameters as p; print(diclip.__file__, e('components'), len(p('components')))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(tmp_path / "lib")))
+    assert ran.stdout.count(str(tmp_path / "lib/diclip")) == 2, ran.stderr

@@ -24,14 +24,17 @@ from ..config import Profile, get_profile
 
 # %% ../../nbs/6_use/63_repro.ipynb #7778150e
 def experiment_notebook(name: str) -> Path:
-    """The path of an experiment notebook. Raises ValueError for an unknown one, FileNotFoundError outside a
-    clone."""
-    folder = Path(os.environ.get("DICLIP_EXPERIMENTS") or Path(__file__).parents[2] / "nbs/experiments")
+    """The path of an experiment notebook: of a clone, or as an installed package has it. Raises ValueError for
+    an unknown one, FileNotFoundError where there are none."""
+    clone, installed = (
+        Path(__file__).parents[2] / "nbs/experiments",
+        Path(__file__).parents[1] / "experiments",
+    )
+    folder = Path(os.environ.get("DICLIP_EXPERIMENTS") or (clone if clone.is_dir() else installed))
     names = sorted(p.stem for p in folder.glob("*.ipynb"))
     if not names:
         raise FileNotFoundError(
-            f"no notebook {name}.ipynb beside the package: clone the repository and install it with pip"
-            " install -e ."
+            f"no notebooks of experiments in {folder}: install diclip again, or from a clone"
         )
     if name not in names:
         raise ValueError(f"unknown experiment {name!r}: choose one of {', '.join(names)}")
