@@ -24,12 +24,12 @@ from ..config import Profile, get_profile
 
 # %% ../../nbs/6_use/63_repro.ipynb #7778150e
 def experiment_notebook(name: str) -> Path:
-    """The path of an experiment notebook: of a clone, or as an installed package has it. Raises ValueError for
-    an unknown one, FileNotFoundError where there are none."""
-    clone, installed = (
-        Path(__file__).parents[2] / "nbs/experiments",
-        Path(__file__).parents[1] / "experiments",
-    )
+    """The path of an experiment notebook: of a clone, or as an installed package has it.
+    Raises ValueError for an unknown one, FileNotFoundError where there are none."""
+    import diclip
+
+    package = Path(diclip.__file__).parent
+    clone, installed = package.parent / "nbs/experiments", package / "experiments"
     folder = Path(os.environ.get("DICLIP_EXPERIMENTS") or (clone if clone.is_dir() else installed))
     names = sorted(p.stem for p in folder.glob("*.ipynb"))
     if not names:
