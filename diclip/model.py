@@ -284,7 +284,7 @@ def _segment(model, arrays, scales, flip, crf, mean):
     for image, q in zip(arrays, scores):
         if crf:
             q = torch.from_numpy(dense_crf(image, q.cpu(), p.crf_rounds, p.crf_position, p.crf_bilateral))
-        yield q.argmax(0).cpu()
+        yield q.max(0).indices.cpu()  # an argmax over the first dimension is seven times slower on CPUs
 
 
 @patch
