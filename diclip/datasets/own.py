@@ -145,7 +145,9 @@ def read_labels(
     )
     found = read(path or root)
     if not any(found.values()):
-        raise ValueError(f"{path or root} names no labels: give {LIST_HELP}, or a folder for each class")
+        raise ValueError(
+            f"{Path(path or root).name} names no labels: give {LIST_HELP}, or a folder for each class"
+        )
     return found
 
 # %% ../../nbs/appendix/c8_own.ipynb #58fe7860
