@@ -7,7 +7,6 @@ __all__ = ['Student', 'new_head', 'new_student', 'total_loss', 'Learner', 'data_
            'cam_quality', 'seg_loss', 'cache_loss', 'Frozen', 'precompute', 'read_log', 'check_folder', 'store_targets']
 
 # %% ../nbs/5_training/54_train.ipynb #d7d4f171
-import hashlib
 import json
 import time
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from .datasets.batches import TrainingSet, batches
 from .cam import resize_maps
 from .data import palette
+from .engine.cachefile import digest
 from .engine.check import check_features, checked
 from .engine.checkpoint import check_folder, load_checkpoint, load_training, read_log, save_training
 from .engine.files import only_one
@@ -219,7 +219,7 @@ def data_digest(samples) -> str:
         known = [(s.id, [int(c) for c in s.labels]) for s in samples]
     else:
         known = [list(getattr(samples, "ids", range(len(samples)))), getattr(samples, "labels", None)]
-    return hashlib.sha256(json.dumps(known, default=list).encode()).hexdigest()[:16]
+    return digest(known)
 
 
 def settings(learner, data) -> dict:

@@ -14,6 +14,10 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/appendix/a1_files.ipynb #9a63e1df
+_UMASK = os.umask(0o22)  # asked once: it belongs to the process, and threads write files, too
+os.umask(_UMASK)
+
+
 @contextmanager
 def replacing(path):
     """A temporary path beside `path`, which takes its place if the block ends well and is removed if not.
@@ -23,9 +27,7 @@ def replacing(path):
     beside = path.with_name(f".{uuid4().hex[:12]}{path.suffix}.tmp")
     try:
         yield beside
-        umask = os.umask(0o22)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)
+        beside.chmod(0o666 & ~_UMASK)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
