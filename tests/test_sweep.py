@@ -120,7 +120,7 @@ def test_the_experiments_of_the_project(monkeypatch):
         assert check_parameters(path.stem, {k: v for k, (v, _) in known.items()}) == {}
         assert check_parameters(path.stem, dict(alpha=1)) == dict(overrides=dict(alpha=1.))
     for given, message in ((dict(profile="voc"), "pass --data ROOT"), (dict(profile="voc", data="nowhere"), "nowhere"), (dict(split="vall"), "unknown split"), (dict(n_val=401), "val has 400 scenes"), (dict(precision="fp16"), "choose bf16"),
-                           (dict(device="gpu"), "choose cpu or cuda"), (dict(cache_images="drawn"), "generated or rendered"), (dict(hand_width=0), "above 0")):
+                           (dict(device="gpu"), "choose cpu, cuda or mps"), (dict(cache_images="drawn"), "generated or rendered"), (dict(hand_width=0), "above 0")):
         with pytest.raises(ValueError, match=message): check_parameters("components", given)
     assert check_parameters("components", dict(hand_temperature=0)) == dict(hand_temperature=0.)       # the cell says what 0 means
     assert check_parameters("training", dict(n_train=0)) == dict(n_train=0)

@@ -133,8 +133,8 @@ def _check_values(v: dict):
     from diclip.world import CLASSES
 
     device, images = v.get("device", "cpu"), v.get("cache_images", "generated")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device={device!r}: choose cpu or cuda")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"device={device!r}: choose cpu, cuda or mps")
     if "precision" in v:
         from diclip.model import as_dtype
 
@@ -209,8 +209,8 @@ def check_gpu(device: str):
         check_device(device)
 
 # %% ../../nbs/6_use/63_repro.ipynb #63c00022
-_MAIN = dict(n_train=100, n_val=200, split="val", seeds=1, per_class=50, remake_pool=False)
-_MAIN |= dict(cache_images="generated", train_split="train", n_heads=300, iterations=400, controls=False)
+_MAIN = dict(n_train=60, n_val=200, split="val", seeds=1, per_class=50, remake_pool=False)
+_MAIN |= dict(cache_images="generated", train_split="train", n_heads=200, iterations=250, controls=False)
 
 
 def _main_job(given: dict, changes: dict) -> list:  # of (experiment, parameters)
@@ -244,9 +244,9 @@ def diclip_repro(
     profile: str = "mini",  # "mini", "voc" or "coco"
     data: str = "",  # data folder in VOC's format (VOCdevkit/VOC2012); not needed for mini
     out: str = "runs/repro",  # folder for the executed notebooks, their records and their reports
-    device: str = "cpu",  # "cpu" or "cuda"
+    device: str = "cpu",  # "cpu", "cuda" or "mps"
     precision: str = "fp32",  # of the frozen models: "fp32", "bf16" or, on GPUs, "fp16"; training and scores stay float32
-    n_train: int = None,  # images of the train split on which thresholds are chosen (100)
+    n_train: int = None,  # images of the train split on which thresholds are chosen (60)
     n_val: int = None,  # images that are scored (200; voc: the paper scores CAMs on train, see --split)
     split: str = None,  # split that is scored (val)
     seeds: int = None,  # repetitions of everything random (1)
@@ -255,8 +255,8 @@ def diclip_repro(
     cache_images: str = None,  # "generated", or as a control "rendered" (mini only)
     no_train: bool = False,  # stop after the training-free half
     train_split: str = None,  # list that segmentation heads are trained on ("train_aug" on VOC with SBD)
-    n_heads: int = None,  # of its images, the first ones; 0: all (300)
-    iterations: int = None,  # of each head's training; 0: the profile's (400)
+    n_heads: int = None,  # of its images, the first ones; 0: all (200)
+    iterations: int = None,  # of each head's training; 0: the profile's (250)
     controls: bool = False,  # also train random adapter, rolled labels, full supervision
     set: Param(
         "NAME=VALUE, a setting of the profile or a parameter of the notebook; again for more",
