@@ -210,7 +210,9 @@ def check_gpu(device: str):
 
 # %% ../../nbs/6_use/63_repro.ipynb #63c00022
 _MAIN = dict(n_train=60, n_val=200, split="val", seeds=1, per_class=50, remake_pool=False)
-_MAIN |= dict(cache_images="generated", train_split="train", n_heads=200, iterations=250, controls=False)
+_MAIN |= dict(
+    cache_images="generated", train_split="train", n_heads=200, iterations=250, controls=False, n_strong=50
+)
 
 
 def _main_job(given: dict, changes: dict) -> list:  # of (experiment, parameters)
@@ -221,7 +223,7 @@ def _main_job(given: dict, changes: dict) -> list:  # of (experiment, parameters
     free = {k: o[k] for k in ("n_train", "split", "per_class", "remake_pool", "cache_images")}
     heads = dict(train_split=o["train_split"], n_train=o["n_heads"], split="val")
     heads |= dict(n_choose=min(o["n_train"], o["n_heads"] or o["n_train"]))
-    heads |= {k: o[k] for k in ("iterations", "controls")}
+    heads |= {k: o[k] for k in ("iterations", "controls", "n_strong")}
     runs = [("components", common | free)] + ([] if o.get("no_train") else [("training", common | heads)])
     names = {e: {*notebook_parameters(e), *(f.name for f in fields(Profile))} for e, _ in runs}
     fits = lambda e, k: k in names[e] or not any(k in known for known in names.values())
