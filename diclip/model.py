@@ -64,6 +64,8 @@ class DiCLIP:
 
     def use_cache(self, cache):
         "Take a `Cache` or the path of one; refuses one that does not belong to this model."
+        if not isinstance(cache, (Cache, str, Path)):
+            raise ValueError(f"cache is {type(cache).__name__}: pass a Cache, or the path of one")
         cache = cache if isinstance(cache, Cache) else Cache.load(cache)
         models = dict(clip=self.clip.fingerprint, sd=getattr(self.sd, "fingerprint", None))
         cache.check(self.profile.classes, **models, grid=self.profile.grid, recipe=self.profile)

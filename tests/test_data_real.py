@@ -13,7 +13,7 @@ from diclip.app import submit
 from diclip.app.output import overlay_png, save_label
 from diclip.datasets import download
 from diclip.datasets.augment import FILL, View, augment, draw_view, apply_view, apply_view_to_mask
-from diclip.datasets.coco import COCO, open_dataset, paint_instances
+from diclip.datasets.coco import COCO, open_dataset, paint_instances, unpacked_runs
 from diclip.config import COCO_CLASSES, VOC_CLASSES, profile
 from diclip.data import VOC, MiniWorld, palette
 from diclip.datasets.download import ARCHIVES, Archive, check_archive, fetch, get_data, missing_files, unpack, verify_data
@@ -270,6 +270,23 @@ def test_broken_coco_is_refused(coco, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="no annotation file instances_val2014.json.*diclip_data coco"): COCO(coco, "val")
     with pytest.raises(ValueError, match="no folder annotations.*diclip_data coco"): COCO(tmp_path / "elsewhere", "val")
+
+
+@pytest.mark.parametrize("change", [lambda t: "", lambda t: t[:-1], lambda t: t + t[-1], lambda t: t + "~", lambda t: t[1:], lambda t: "zzz" + t])
+def test_compressed_run_lengths_that_do_not_fill_the_image_are_refused(coco, change):
+    region = crowd(True)
+    write_coco(coco, "val", [dict(instances()[2], segmentation=dict(region, counts=change(region["counts"])))])
+    with pytest.raises(ValueError, match="annotation 12 cannot be decoded"): COCO(coco, "val")[2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_compressed_run_lengths_are_those_of_the_mask(seed):
+    from pycocotools import mask as rle
+    rng = np.random.default_rng(seed)
+    region = np.repeat(rng.random((rng.integers(1, 60), 1)) > rng.random(), rng.integers(1, 80), 1) ^ (rng.random() > .5) if seed % 2 else rng.random((37, 23)) > rng.random()
+    flat = region.T.ravel()
+    runs = np.diff(np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1], [True]]))).tolist()
+    assert unpacked_runs(rle.encode(np.asfortranarray(region.astype(np.uint8)))["counts"]) == [0] * bool(flat[0]) + runs
 
 
 def test_broken_coco_images_are_refused(coco):
