@@ -45,10 +45,14 @@ class Cache:
                 f"{fit[0]} keys and {fit[1] - 1} classes need values {fit}, not {tuple(self.values.shape)}:"
                 " the last column is the background"
             )
+        if not len(self):
+            raise ValueError("a cache without a pair says nothing: build it from pictures of the classes")
         for name, x in (("keys", self.keys), ("values", self.values)):
             check_finite(x, f"the cache's {name} hold", "build the cache again from finite features")
-        if len(self) and (self.keys.norm(dim=-1) - 1).abs().max() > 1e-3:
+        if (self.keys.norm(dim=-1) - 1).abs().max() > 1e-3:
             raise ValueError("keys must have length 1: pass torch.nn.functional.normalize(keys, dim=-1)")
+        if self.values.abs().max() > 1 + 1e-3:
+            raise ValueError("values must lie in [-1, 1]: they are ones or cosines (10)")
 
     def __len__(self):
         return len(self.keys)

@@ -171,11 +171,10 @@ class MiniWorld(Sequence):
     def __init__(self, split: str = "train", n: int | None = None):
         if split not in SPLIT_SIZE:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLIT_SIZE)}")
-        if n is not None and not 0 < n <= SPLIT_SIZE[split]:
-            raise ValueError(
-                f"{split} has {SPLIT_SIZE[split]} scenes: ask for 1 to {SPLIT_SIZE[split]}, not {n}"
-            )
-        self.split, self.n = split, n or SPLIT_SIZE[split]
+        most = SPLIT_SIZE[split]
+        if n is not None and (not isinstance(n, int) or not 0 < n <= most):
+            raise ValueError(f"{split} has {most} scenes: ask for 1 to {most}, not {n!r}")
+        self.split, self.n = split, n or most
 
     def __len__(self):
         return self.n
@@ -268,8 +267,8 @@ def first_ids(
     "The first n ids of a list. Raises ValueError for an empty list, and for more than it has."
     if not ids:
         raise ValueError(f"{name} lists no images: check the file")
-    if n is not None and not 0 < n <= len(ids):
-        raise ValueError(f"{name} has {len(ids)} images: ask for 1 to {len(ids)}, not {n}")
+    if n is not None and (not isinstance(n, int) or not 0 < n <= len(ids)):
+        raise ValueError(f"{name} has {len(ids)} images: ask for 1 to {len(ids)}, not {n!r}")
     return ids[:n]
 
 # %% ../nbs/1_ground/13_data.ipynb #8837855c

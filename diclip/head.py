@@ -73,7 +73,8 @@ class DecoderLayer(nn.TransformerEncoderLayer):
 
 # %% ../nbs/5_training/52_head.ipynb #271645c4
 class TransformerHead(nn.Module):
-    "Table IX's transformer decoder: tokens (B, L, N, dim) -> logits (B, 1 + C, h, w)."
+    """Table IX's transformer decoder: tokens (B, L, N, dim) -> logits (B, 1 + C, h, w).
+    Raises ValueError for a width that the heads cannot share."""
 
     def __init__(
         self,
@@ -87,6 +88,10 @@ class TransformerHead(nn.Module):
         activation: str = "gelu",  # one of `ACTIVATIONS` (family: quickgelu)
     ):
         super().__init__()
+        if width % heads:
+            raise ValueError(
+                f"a width of {width} is not shared by {heads} heads: choose a multiple of {heads}"
+            )
         self.fusion = LayerFusion(dim, layers, width, dropout)
         layer = DecoderLayer(
             width,

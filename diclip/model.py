@@ -491,6 +491,8 @@ def _read_student(folder, clip, profile, adapter):
         if adapter is not None:
             kept = [torch.zeros_like(tensors[f"adapter.{k}"]) for k in ("keys", "values")]
             votes = Adapter(*kept, profile.sharpness)
+            if list(votes.values.shape) != adapter:
+                raise KeyError("adapter")
         student = Student(new_head(clip, profile), votes)
         student.load_state_dict(tensors)
     except (KeyError, RuntimeError):

@@ -71,8 +71,10 @@ def new_student(
     ) = None,  # an adapter of the same size with random weights (Table V); None: the profile's
     seed: int = 0,
 ) -> Student:
-    "A fresh student. Raises ValueError for an unknown head."
+    "A fresh student. Raises ValueError for an unknown head, or a seed that is no whole number."
     p = profile
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed={seed!r}: give a whole number from 0 up")
     random = p.adapter_start == "random" if random is None else random
     torch.manual_seed(seed)
     return Student(

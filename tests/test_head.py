@@ -76,3 +76,8 @@ def test_convolutional_head_moves_with_the_image():
 @pytest.mark.parametrize("wrong", [dict(L=2), dict(dim=8), dict(grid=(4, 4))])
 def test_tokens_of_another_clip_are_refused(wrong):
     with pytest.raises(ValueError, match="stack all layers"): LayerFusion(16, 3, 8)(tokens(**wrong), (4, 5))
+
+
+def test_a_width_that_the_heads_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="width of 63 is not shared by 8 heads"): HEADS["transformer"](32, 3, 4, width=63)
+    HEADS["conv"](32, 3, 4, width=63)

@@ -217,7 +217,7 @@ def diclip_train(
         a.print(
             f"{len(samples)} images, labels given, masks not used; {p.iterations} iterations of {p.batch}"
         )
-        a.print(f"last losses {log[-1]}; model: {out}/model")
+        a.print(f"last losses {log[-1] if log else 'unknown'}; model: {out}/model")
 
 # %% ../../nbs/6_use/64_commands.ipynb #64d00002
 _RESULTS = (".png", "_overlay.png")  # endings of what diclip_segment writes

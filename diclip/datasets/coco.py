@@ -52,7 +52,7 @@ def _check_numbers(parts):
     for kind, found in zip(("image", "annotation", "category", "file name"), [*ids, stems]):
         if twice := [k for k, n in Counter(found).items() if n > 1]:
             raise ValueError(f"{kind} {twice[0]} is there twice")
-    if bad := [f for f in parts["images"] if not 0 < f.get("height", 1) * f.get("width", 1) <= MAX_PIXELS]:
+    if bad := [f for f in parts["images"] if not 0 < f["height"] * f["width"] <= MAX_PIXELS]:
         raise ValueError(f"image {bad[0]['id']} has {bad[0]['height']} x {bad[0]['width']} pixels")
     _ = [c["name"] for c in parts["categories"]]
     known = set(ids[0])

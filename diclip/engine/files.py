@@ -54,9 +54,12 @@ def only_one(
     folder,  # that many files are written into; is made
     what: str,  # who would be the second, e.g. "training"
 ):
-    "Hold a folder's lock. Raises ValueError where another process has it."
+    "Hold a folder's lock. Raises ValueError where another process has it, or where no folder can be."
     path = Path(folder) / f".{what}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"no folder {folder} can be made ({e.strerror}): choose another") from None
     lock = FileLock(path, is_singleton=True)  # one's own can be taken again
     try:
         lock.acquire(timeout=0)
