@@ -105,6 +105,10 @@ def test_fit_refuses(model, tmp_path):
     blank = [Sample(str(i), np.zeros((160, 160, 3), np.uint8), (), None) for i in range(3)]
     for samples, message in ((blank, "none of the images has a label"), ([], "without images"), (None, "without images")):
         with pytest.raises(ValueError, match=message): m.fit(samples, tmp_path / "a", progress=False)
+    with pytest.raises(ValueError, match="no folder .*can be made"): m.fit(MiniWorld("train", 2), __file__, progress=False)
+    for seed in ("a", -1, 1.5):
+        with pytest.raises(ValueError, match="seed="): new_student(m.clip, m.profile, seed=seed)
+    with pytest.raises(ValueError, match="cache is int"): m.use_cache(5)
     with pytest.raises(ValueError, match="nothing|no head and adapter"): DiCLIP.from_pretrained("mini").fit(MiniWorld("train", 2), tmp_path / "b", progress=False, go_on=True)
 
 
@@ -154,6 +158,18 @@ def test_a_cache_of_another_recipe(model):
     assert use().cache is not None
     for other in (dict(sd="mini_sd:000"), dict(alpha=8.), dict(timestep=50), dict(sd_layers=[0, 1])):
         with pytest.raises(ValueError, match=f"made with {next(iter(other))}"): use(**other)
+
+
+@pytest.mark.parametrize("keys, values, message", [(torch.zeros(0, 9), torch.zeros(0, 9), "without a pair"), (torch.eye(9)[:3], 1e30 * torch.eye(3, 9), "in \\[-1, 1\\]")])
+def test_a_cache_that_says_nothing_or_too_much(keys, values, message):
+    with pytest.raises(ValueError, match=message): Cache(keys, values, tuple("abcdefgh"))
+
+
+@pytest.mark.parametrize("n", [2.5, "3", 0, -1])
+def test_numbers_of_images_that_are_none(n, tmp_path):
+    with pytest.raises(ValueError, match="ask for 1 to 400"): MiniWorld("val", n)
+    export_voc(MiniWorld("train", 3), tmp_path, "train")
+    with pytest.raises(ValueError, match="ask for 1 to 3"): VOC(tmp_path, "train", n, MiniWorld.classes)
 
 
 def test_the_same_cache_is_the_same_bytes(tmp_path):
