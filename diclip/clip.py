@@ -221,11 +221,15 @@ def attend(
     plain: bool = True,  # is the output without the edit wanted, too?
     visible: bool = False,  # is the map wanted?
 ) -> tuple:  # outputs (B, N+1, width) without the edit (or None) and with it, the map (or None)
-    "The attention of one block. The map is made where somebody reads it, and nowhere else."
+    """The attention of one block. The map is made where somebody reads it, and nowhere else.
+    An edit that has a method `look` is shown queries, keys and values, (B, heads, N+1, d), before it is called.
+    """
     if edit is None and not visible:
         a = attention_output(block, x)
         return a, a, None
     A, v = self_attention(block, x)
+    if hasattr(edit, "look"):
+        edit.look(*queries_keys_values(block, x))
     a = mix_values(block, A, v) if plain or edit is None else None
     new = a if edit is None else mix_values(block, edited(edit, A), v)
     return a, new, A if visible else None

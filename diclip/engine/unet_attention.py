@@ -83,7 +83,7 @@ def _heads(attn, x, norm):
     return x if norm is None else norm(x)
 
 
-def _watch(attn, done):
+def watch(attn, done):
     "Hooks on the projections of one layer; `done(q, k)` is called when both are there."
     q = []
 
@@ -118,7 +118,7 @@ def capture_self_attention(
 
     try:
         for i in wanted:
-            hooks += _watch(unet.get_submodule(found[i].name), lambda q, k, i=i: keep(i, q, k))
+            hooks += watch(unet.get_submodule(found[i].name), lambda q, k, i=i: keep(i, q, k))
         yield taken
     except _Enough as e:
         if e is not enough:
