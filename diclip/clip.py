@@ -222,7 +222,7 @@ def attend(
     visible: bool = False,  # is the map wanted?
 ) -> tuple:  # outputs (B, N+1, width) without the edit (or None) and with it, the map (or None)
     """The attention of one block. The map is made where somebody reads it, and nowhere else.
-    An edit that has a method `look` is shown queries, keys and values, (B, heads, N+1, d), before it is called.
+    An edit with a method `look` is shown queries, keys and values, (B, heads, N+1, d), before that.
     """
     if edit is None and not visible:
         a = attention_output(block, x)

@@ -229,6 +229,19 @@ def _word_tokens(tokenizer, prompt, word) -> list:
     raise ValueError(f"the tokens of {word!r} are not in {prompt!r}: use a prompt with {{}}")
 
 
+def _words_and_patches(taken, size, grid, at):
+    "Attention to some words, and of patches to patches, mean over heads and layers."
+    cross, own = [], []
+    for q, k, scale, kind, stride in taken:
+        tokens = [-(-n // stride) for n in size]
+        q = resize_tokens(q, tokens, grid)
+        if kind == "2":
+            cross.append(attention_map(q, k, scale)[..., at].mean(-1))
+        else:
+            own.append(attention_map(q, resize_tokens(k, tokens, grid), scale))
+    return torch.stack(cross).mean(0), torch.stack(own).mean(0)
+
+# %% ../nbs/6_use/75_rivals.ipynb #94095e69
 @torch.no_grad()
 def word_attention(
     sd,  # `StableDiffusion`
@@ -256,15 +269,7 @@ def word_attention(
     finally:
         for hook in hooks:
             hook.remove()
-    cross, own = [], []
-    for q, k, scale, kind, stride in taken:
-        size = [-(-n // stride) for n in noisy.shape[-2:]]
-        q = resize_tokens(q, size, grid)
-        if kind == "2":
-            cross.append(attention_map(q, k, scale)[..., at].mean(-1))
-        else:
-            own.append(attention_map(q, resize_tokens(k, size, grid), scale))
-    return torch.stack(cross).mean(0), torch.stack(own).mean(0)
+    return _words_and_patches(taken, noisy.shape[-2:], grid, at)
 
 # %% ../nbs/6_use/75_rivals.ipynb #84be1f88
 @dataclass(frozen=True)

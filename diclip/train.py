@@ -61,7 +61,7 @@ def new_head(clip, profile):
     how = dict(activation=profile.head_activation) if profile.head == "transformer" else {}
     return HEADS[profile.head](clip.width, clip.depth, len(profile.classes), width=profile.head_width, **how)
 
-
+# %% ../nbs/5_training/54_train.ipynb #a8d67fea
 def new_student(
     clip,  # a `DenseCLIP`: its width and depth shape the head
     profile,  # `Profile`
