@@ -8,6 +8,7 @@ __all__ = ['replacing', 'write_atomic', 'write_json', 'only_one']
 # %% ../../nbs/appendix/a1_files.ipynb #452db8ad
 import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -21,7 +22,7 @@ os.umask(_UMASK)
 @contextmanager
 def replacing(path):
     """A temporary path beside `path`, which takes its place if the block ends well and is removed if not.
-    Makes missing folders."""
+    Makes missing folders. Raises OSError for what the system refuses, a full disk for example."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{uuid4().hex[:12]}{path.suffix}.tmp")
@@ -29,6 +30,11 @@ def replacing(path):
         yield beside
         beside.chmod(0o666 & ~_UMASK)
         os.replace(beside, path)
+    except Exception as e:
+        if refused := re.search(r"\(os error (\d+)\)", str(e)):  # libraries in Rust have errors of their own
+            number = int(refused[1])
+            raise OSError(number, os.strerror(number), str(path)) from e
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
