@@ -57,7 +57,7 @@ clip cam labels affinity
 sd acr vce
 keys cache retrieval
 losses head supervision train infer crf
-model rivals app.output app.submit app.records app.experiment app.stages study app.paper app.tables app.cost app.results app.repro app.jobs app.sweep app.bench app.report app.commands
+model rivals online app.output app.submit app.records app.experiment app.stages study app.paper app.tables app.cost app.results app.repro app.jobs app.sweep app.bench app.report app.commands
 mini.pool mini.training mini.vocabulary mini.clip mini.vae mini.unet mini.card""".split()
 
 

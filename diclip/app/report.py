@@ -54,13 +54,13 @@ def doubtful(
     scores: torch.Tensor,  # (n, C) of `image_scores`
     truth: torch.Tensor,  # (n, C) bool
 ) -> list:  # (image, class) whose label CLIP does not see, the worst first
-    "Labels below the median of the images without them, for classes that CLIP tells from the others."
+    "Labels of images that look like those without them, for classes that CLIP tells from the others."
     known, found = zero_shot(scores, truth), []
     for c, ap in enumerate(known):
         with_it, without = scores[truth[:, c], c], scores[~truth[:, c], c]
         if ap is None or len(without) < 3 or ap < (1 + len(with_it) / len(scores)) / 2:
             continue
-        low = without.median()
+        low = min((with_it.median() + without.median()) / 2, without.quantile(0.9))
         found += [
             ((low - scores[i, c]).item(), i, c)
             for i in truth[:, c].nonzero()[:, 0].tolist()

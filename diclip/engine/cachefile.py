@@ -80,8 +80,13 @@ def read_pooled(path, key: list):  # foreground and background vectors (n, d), o
     try:
         with safe_open(str(path), "pt") as f:
             head, rows = f.metadata(), [f.get_tensor(k) for k in ("foreground", "background")]
+        head = (
+            json.loads(head["diclip-pooled"])
+            if "diclip-pooled" in head
+            else head | {"key": json.loads(head["key"])}
+        )
         whole = head["digest"] == digest(*rows)
-        fits = json.loads(head["key"])[: len(key)] == key
+        fits = head["key"][: len(key)] == key
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
     return tuple(r[: len(key) - 1] for r in rows) if whole and fits else None
@@ -102,8 +107,10 @@ def keep_pooled(
     found = (also and read_pooled(also, key)) or compute()
     if path is not None:
         rows = {k: x.contiguous() for k, x in zip(("foreground", "background"), found)}
-        head = {"key": json.dumps(key), "digest": digest(*rows.values())}
-        write_atomic(path, lambda p: p.write_bytes(save(rows, head)))
+        head = json.dumps({"key": key, "digest": digest(*rows.values())}, sort_keys=True)
+        write_atomic(
+            path, lambda p: p.write_bytes(save(rows, {"diclip-pooled": head}))
+        )  # one entry, as above
     return found
 
 # %% ../../nbs/appendix/a8_cachefile.ipynb #a8c00017
