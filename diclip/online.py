@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .cache import Cache
+from .config import RetrievalSettings
 from .retrieval import retrieve
 from .supervision import supervising_cam
 from .train import Learner
@@ -66,7 +67,7 @@ class OnlineCache(nn.Module):
         cache: Cache,  # static pairs, which stay as they are
         text: Tensor,  # (C, d) features of the words
         settings: OnlineSettings = OnlineSettings(),
-        sharpness: float = 5.5,  # b of phi
+        sharpness: float = RetrievalSettings.sharpness,  # b of phi
     ):
         super().__init__()
         C, d, B = len(cache.classes), cache.keys.shape[1], settings.budget
@@ -163,11 +164,11 @@ class OnlineLearner(Learner):
     "A learner whose student has an `OnlineCache` in the place of an adapter. Masks serve the log alone."
 
     def frozen_outputs(self, batch):
-        self.seen = Learner.frozen_outputs(self, batch)
+        self.seen = super().frozen_outputs(batch)
         return self.seen
 
     def step(self, batch):
-        parts = Learner.step(self, batch)
+        parts = super().step(batch)
         online, f, labels = self.module.adapter, self.seen, batch["labels"].to(self.accelerator.device)
         own = online.settings.teacher == "dynamic"
         maps = supervising_cam(f, labels, online(f["features"]) if own else None, self.profile)

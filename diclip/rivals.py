@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .acr import affinity_label, cluster_attention, row_normalize
+from .acr import affinity_label, cluster_attention, neighbor_attention, row_normalize
 from .affinity import affinity_refine
 from .cache import Cache, cache_from_pooled, class_images
 from .cam import minmax
@@ -22,6 +22,8 @@ from .data import batch_images
 from .keys import masked_average_pool, object_masks
 from .labels import PAR
 from .engine.unet_attention import attention_map, resize_tokens, self_attention_layers, watch
+from .sd import draw_noise
+from .supervision import mean_attention
 from .vce import diffusion_attention, refine, sd_images
 
 # %% ../nbs/6_use/75_rivals.ipynb #80998532
@@ -71,8 +73,8 @@ def clearclip(q: Tensor, k: Tensor, v: Tensor, features=None, sharpness: float =
 # %% ../nbs/6_use/75_rivals.ipynb #e5d32303
 def gaussian_window(grid: tuple, width: float) -> Tensor:  # (N, N) in (0, 1]
     "1 for the patch itself, less for patches farther away."
-    at = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float) for n in grid))
-    return (-torch.cdist(at, at).square() / (2 * width**2)).exp()
+    A = neighbor_attention(1, grid, width)[0]
+    return A / A.diagonal()[:, None]
 
 
 def naclip(
@@ -116,7 +118,7 @@ def unet_features(
 ) -> Tensor:  # (B, N, D) float32
     "What a block of the diffusion model's decoder gives out."
     seen, z = [], sd.encode(images)
-    noisy = sd.add_noise(z, timestep, torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(0)))
+    noisy = sd.add_noise(z, timestep, *draw_noise(z.shape[1:]))
     hook = sd.pipe.unet.up_blocks[block].register_forward_hook(lambda _, i, out: seen.append(out))
     try:
         sd.pipe.unet(noisy, timestep, encoder_hidden_states=sd.null_prompt.expand(len(z), -1, -1))
@@ -168,7 +170,7 @@ def early_attention(
 ) -> Tensor:  # (B, N, N), rows sum to 1
     "The mean of CLIP's own attention between patches over layers and heads."
     maps = clip.dense(images, keep=("attention",)).attention[first:last]
-    return row_normalize(torch.stack([A.float().mean(1)[:, 1:, 1:] for A in maps]).mean(0))
+    return row_normalize(mean_attention(maps))
 
 
 def given(q, k, v, features: Tensor) -> Tensor:  # features (B, N, N) -> (B, 1, N, N)
@@ -255,7 +257,7 @@ def word_attention(
     text, unet, taken = prompt.format(word), sd.pipe.unet, []
     at = _word_tokens(sd.pipe.tokenizer, text, word)
     z = sd.encode(images)
-    noisy = sd.add_noise(z, timestep, torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(0)))
+    noisy = sd.add_noise(z, timestep, *draw_noise(z.shape[1:]))
     layers = self_attention_layers(unet)
     hooks = []
     for l in layers:
