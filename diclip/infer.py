@@ -25,8 +25,16 @@ def _patch_logits(clip, head, images):
         head.train(training)
 
 
+def _side(n, to, like):
+    "(n, to) weights of linear interpolation from n values to others."
+    eye = torch.eye(n, device=like.device, dtype=like.dtype)
+    return F.interpolate(eye[None], int(to), mode="linear")[0]
+
+
 def _resize(x, size):
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+    "Bilinear interpolation as two products with matrices, on CPUs faster than the fused function."
+    h, w = (_side(n, to, x) for n, to in zip(x.shape[-2:], size))
+    return h.mT @ x @ w
 
 
 @torch.no_grad()
@@ -105,8 +113,8 @@ def view_mean(
     "The mean over the views of one image, each resized once: from its grid to the size of the image."
     total = 0
     for z, mirrored in seen:
-        z = vote(_resize(z[None], size)[0])
-        total = total + (z.flip(-1) if mirrored else z)
+        upright = z.flip(-1) if mirrored else z  # on the grid: the enlarged map is a hundred times as large
+        total += vote(_resize(upright[None], size)[0])
     return total / len(seen)
 
 

@@ -7,9 +7,11 @@ __all__ = ['image_files', 'diclip_cam', 'diclip_cache', 'diclip_train', 'unfinis
            'diclip_segment', 'diclip_eval']
 
 # %% ../../nbs/6_use/64_commands.ipynb #09bdda1a
+import ctypes
 import errno
 import json
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.script import Param, call_parse
@@ -241,6 +243,16 @@ def unfinished(files, out, model, **how) -> list:
     newer = lambda t, f: t.is_file() and t.stat().st_mtime_ns > Path(f).stat().st_mtime_ns
     return [f for f in files if not all(newer(t, f) for t in begun(f))]
 
+# %% ../../nbs/6_use/64_commands.ipynb #64d0f2ee
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers of what `mallopt` sets
+
+
+def _keep_freed_memory():
+    "glibc gives large blocks back to the system when they are freed, and asks for them anew; not any more."
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_MMAP_THRESHOLD, 2**31 - 1)
+
 # %% ../../nbs/6_use/64_commands.ipynb #64d00003
 @contextmanager
 def one_core_each(device):  # yields how many images to have under way
@@ -272,6 +284,7 @@ def segment_files(files, out, model, on_error, **how):  # a finished `predict`
                 raise ValueError("its name is too long for its results: shorten it") from None
             raise
 
+    _keep_freed_memory()
     with one_core_each(model.device) as workers:
         run = predict(files, one, on_error, workers)
         for _ in run:

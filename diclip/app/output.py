@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ..data import Sample, palette, palette_image, read_image, to_rgb
+from ..data import Sample, palette_image, read_image, to_rgb
 from ..engine.files import replacing
 
 _all_ = ["replacing"]
@@ -74,11 +74,11 @@ def overlay_png(
         )
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path.name} is no PNG: name it {path.stem}.png")
-    color = palette()[mask].astype(np.uint16)
-    share = (np.uint16(round(256 * alpha)) * (mask > 0))[..., None].astype(np.uint16)  # in 256ths
-    mixed = ((256 - share) * image + share * color + 128) >> 8
+    seen = Image.fromarray(image)
+    colored = Image.blend(seen, palette_image(mask).convert("RGB"), alpha)
+    seen.paste(colored, mask=Image.fromarray(mask > 0))
     with replacing(path) as part:
-        Image.fromarray(mixed.astype(np.uint8)).save(part, "PNG", compress_level=1)
+        seen.save(part, "PNG", compress_level=1)
     return path
 
 # %% ../../nbs/appendix/d3_output.ipynb #d3a00002
