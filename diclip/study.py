@@ -173,9 +173,9 @@ def curve(
 # %% ../nbs/6_use/70_study.ipynb #c319ddb4
 @patch
 @torch.no_grad()
-def segmented(self: Study, teacher: str, side: str = "val"):
-    "Yields (sample, class ids (H, W) at the size of its mask), one image after the other."
-    head, p = self.student(teacher).head, self.profile
+def segmented(self: Study, teacher: str, side: str = "val", head=None):
+    "Yields (sample, class ids (H, W) at the size of its mask), one image after the other, of any `head`."
+    head, p = head or self.student(teacher).head, self.profile
     for some, x, _ in self.batches(side):
         layers = self.clip.dense(x, keep=("tokens",)).tokens
         logits = head(torch.stack([t[:, 1:].float() for t in layers], 1), p.grid)
@@ -186,15 +186,18 @@ def segmented(self: Study, teacher: str, side: str = "val"):
 
 
 @patch
+def head_matrix(self: Study, teacher: str, head=None) -> ConfusionMatrix:
+    "Segmentations against masks, labels not given, not filed; of any `head`."
+    matrix = ConfusionMatrix(len(self.profile.classes) + 1)
+    for sample, found in self.segmented(teacher, head=head):
+        matrix.update(found, sample.mask)
+    return matrix
+
+
+@patch
 def segmentation(self: Study, teacher: str) -> tuple:  # None, `ConfusionMatrix`
     "Segmentations of a trained head against masks, labels not given."
-
-    def make():
-        matrix = ConfusionMatrix(len(self.profile.classes) + 1)
-        for sample, found in self.segmented(teacher):
-            matrix.update(found, sample.mask)
-        return matrix.packed(), {}
-
+    make = lambda: (self.head_matrix(teacher).packed(), {})
     facts = self.student_facts(teacher) | dict(val=self.images("val").facts)
     return None, ConfusionMatrix.unpacked(self.store.table("segmentation", facts, make)[0])
 
