@@ -28,6 +28,7 @@ class OnlineSettings:
     per_class: bool = True  # False: all classes share the places
     least: int = 4  # patches that a feature is made of, at least
     teacher: str = "static"  # whose map is asked: of the "static" CAM, or of the "dynamic" one
+    text_weighted: bool = True  # False: one-hot values, as a row of Table V has them
 
     def __post_init__(self):
         if not 0.5 < self.confidence <= 1 or not 0 <= self.momentum <= 1:
@@ -102,10 +103,11 @@ class OnlineCache(nn.Module):
 # %% ../nbs/6_use/76_online.ipynb #538b5895
 @patch(as_prop=True)
 def values(self: OnlineCache) -> Tensor:  # (P, C + 1)
-    "Equation (10) for the places; zero where nothing is yet."
+    "Equation (10) for the places, or one-hot values; zero where nothing is yet."
     C, owner = len(self.text), self.owner.clamp_min(0)
     words = torch.cat([self.text, torch.zeros_like(self.text[:1])])
-    weight = torch.where(owner == C, 1.0, (self.keys * words[owner]).sum(-1).clamp_min(0))
+    cosine = (self.keys * words[owner]).sum(-1).clamp_min(0)
+    weight = torch.where(owner == C, 1.0, cosine if self.settings.text_weighted else 1.0)
     return F.one_hot(owner, C + 1) * (weight * self.used)[:, None]
 
 # %% ../nbs/6_use/76_online.ipynb #ac2b0288
