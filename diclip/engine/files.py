@@ -9,6 +9,7 @@ __all__ = ['replacing', 'write_atomic', 'write_json', 'only_one']
 import json
 import os
 import re
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -55,6 +56,19 @@ def write_json(path, record) -> Path:  # `path`
     return write_atomic(path, lambda p: p.write_text(json.dumps(record, indent=1, default=str) + "\n"))
 
 # %% ../../nbs/appendix/a1_files.ipynb #a1f0e005
+_PART = re.compile(r"\.[0-9a-f]{12}(\..+)?\.tmp")  # as `replacing` names them
+
+
+def _remove_dead_parts(folder, idle=60.0):  # seconds without a change
+    "Remove what killed processes were writing."
+    for f in filter(lambda f: _PART.fullmatch(f.name), folder.iterdir()):
+        try:
+            if time.time() - f.stat().st_mtime > idle:
+                f.unlink()
+        except OSError:  # somebody else's, and alive or removed by now
+            continue
+
+
 @contextmanager
 def only_one(
     folder,  # that many files are written into; is made
@@ -76,4 +90,5 @@ def only_one(
     try:
         yield
     finally:
+        _remove_dead_parts(path.parent)
         lock.release()
