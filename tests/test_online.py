@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from diclip.cache import Cache
-from diclip.online import OnlineCache, OnlineSettings, confident_features, pure_patches
+from diclip.online import OnlineCache, OnlineSettings, confident_features, pure_features
 from diclip.retrieval import retrieve
 
 
@@ -56,12 +56,23 @@ def test_absent_classes_and_few_patches_are_not_taken():
     assert not len(confident_features(f, maps, labels, .8, 31)[0])
 
 
-def test_purity_counts_patches():
+def test_purity_is_a_mean_over_features():
     masks = torch.tensor([[[1, 1], [0, 255]]])
-    sure = torch.tensor([[True, True, True, True], [False, False, True, False]])
-    assert pure_patches(torch.tensor([0, 4]), torch.tensor([0, 0]), sure, masks, (2, 2), 4) == (3, 4)
+    sure = torch.tensor([[True, True, True, True], [False, False, True, False], [True, False, True, False]])
+    found = pure_features(torch.tensor([0, 4, 4]), torch.tensor([0, 0, 0]), sure, masks, (2, 2), 4)
+    assert found == {"taken_object": 1, "right_object": pytest.approx(2 / 3), "taken_background": 2, "right_background": 1.5}
     nothing = torch.tensor([]).long()
-    assert pure_patches(nothing, nothing, sure[:0], masks, (2, 2), 4) == (0, 0)
+    assert set(pure_features(nothing, nothing, sure[:0], masks, (2, 2), 4).values()) == {0}
+
+
+def test_padding_is_not_taken_in():
+    f, maps, labels = batch(3)
+    inside = torch.rand(f.shape[:2]) > .5
+    *_, image, sure = confident_features(f, maps, labels, .6, 1, inside)
+    assert len(sure) and not (sure & ~inside[image]).any()
+    everything, nothing = made()[1], made()[1]
+    everything.update(f, maps, labels), nothing.update(f, maps, labels, torch.zeros_like(inside))
+    assert everything.used.any() and not nothing.used.any()
 
 
 def test_a_learned_cache_is_a_cache(tmp_path):
