@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'RIVALS', 'Proxied', 'maskclip', 'sclip', 'clearclip', 'gaussian_window', 'naclip', 'proxyclip',
            'unet_features', 'proxied_features', 'place', 'early_attention', 'given', 'voting', 'grad_cam',
-           'word_attention', 'Rival', 'rival_output', 'rival_cache']
+           'word_attention', 'Rival', 'Remembering', 'recall', 'rival_output', 'rival_cache']
 
 # %% ../nbs/6_use/75_rivals.ipynb #0637b670
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from .clip import add_mlp, attend
 from .data import batch_images
 from .keys import masked_average_pool, object_masks
 from .labels import PAR
+from .engine.cachefile import digest
 from .engine.unet_attention import attention_map, resize_tokens, self_attention_layers, watch
 from .sd import draw_noise
 from .supervision import mean_attention
@@ -310,9 +311,30 @@ def _near(model, x, switches):
     return None, switches | dict(grid=_grid(model, x))
 
 
+class Remembering:
+    "A `DiCLIP` that keeps what its diffusion model says about images, for as long as this object lives."
+
+    def __init__(self, model):
+        self.model, self.kept = model, {}
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+def recall(model, x, what: dict, make):
+    "make(), or what it gave for these images before, where the model is `Remembering`."
+    if not isinstance(model, Remembering):
+        return make()
+    key = digest(x.cpu(), what)
+    if key not in model.kept:
+        model.kept[key] = make()
+    return model.kept[key]
+
+
 def _unet(model, x, switches):
     how = {k: switches[k] for k in ("block", "timestep")}
-    f = unet_features(model.sd, sd_images(x, model.profile, model.sd.factor), _grid(model, x), **how)
+    images = lambda: sd_images(x, model.profile, model.sd.factor)
+    f = recall(model, x, how, lambda: unet_features(model.sd, images(), _grid(model, x), **how))
     return f, {k: v for k, v in switches.items() if k not in how}
 
 # %% ../nbs/6_use/75_rivals.ipynb #28a8bf95
@@ -323,7 +345,8 @@ def _plain(model, x):
 
 def _attention(model, x, acr):
     "The diffusion model's attention, with ACR or without."
-    A = diffusion_attention(model.sd, x, _grid(model, x), model.profile)
+    make = lambda: diffusion_attention(model.sd, x, _grid(model, x), model.profile)
+    A = recall(model, x, dict(attention="mean"), make)
     return refine(A, model.profile) if acr else A
 
 
@@ -359,7 +382,8 @@ def _diffsegmenter(model, x, labels, acr, timestep, spread):
     wanted = labels.any(0) if labels is not None else torch.ones(len(p.classes), dtype=torch.bool)
     for c in wanted.nonzero().flatten().tolist():
         word = (p.image_names or p.classes)[c]
-        X, A = word_attention(model.sd, images, word, g, timestep)
+        make = lambda: word_attention(model.sd, images, word, g, timestep)
+        X, A = recall(model, x, dict(word=word, timestep=timestep), make)
         A = refine(A, p) if acr else A
         for _ in range(spread):
             X = (A @ X[..., None])[..., 0]
