@@ -58,7 +58,7 @@ def pseudo_labels(
     Raises ValueError for maps outside [0, 1], NaN, or settings that exclude each other."""
     _check_mode(low, high, threshold)
     if low is None and threshold is None:
-        return torch.cat([background_score(maps, gamma), maps], 1).argmax(1)
+        return torch.cat([background_score(maps, gamma), maps], 1).max(1).indices  # as argmax, but fast
     _check_maps(maps)
     low, high = (threshold, threshold) if low is None else (low, high)
     value, index = maps.max(1)
@@ -182,5 +182,5 @@ def refine_labels(
     _check_mode(low, high, threshold)
     background = background_score(maps, gamma)  # checks the maps, too
     if low is None and threshold is None:
-        return par(images, torch.cat([background, maps], 1)).argmax(1)
+        return par(images, torch.cat([background, maps], 1)).max(1).indices
     return pseudo_labels(par(images, maps) / par.gain, low, high, threshold=threshold)

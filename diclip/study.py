@@ -179,8 +179,8 @@ def segmented(self: Study, teacher: str, side: str = "val", head=None):
     for some, x, _ in self.batches(side):
         layers = self.clip.dense(x, keep=("tokens",)).tokens
         logits = head(torch.stack([t[:, 1:].float() for t in layers], 1), p.grid)
-        ids = F.interpolate(logits, (p.crop, p.crop), mode="bilinear", align_corners=False).argmax(1).cpu()
-        for sample, found in zip(some, ids):
+        large = F.interpolate(logits, (p.crop, p.crop), mode="bilinear", align_corners=False)
+        for sample, found in zip(some, large.max(1).indices.cpu()):
             size = sample.mask.shape
             yield sample, F.interpolate(found[None, None].float(), size, mode="nearest")[0, 0].long()
 

@@ -265,7 +265,8 @@ def panel(
     logits, votes, _ = self.module.eval()(f["tokens"].float(), f["features"], self.profile.grid)
     self.student.train(training)
     target = self.targets(f, batch, votes)[0]
-    found = F.interpolate(logits.float(), target.shape[1:], mode="bilinear", align_corners=False).argmax(1)
+    large = F.interpolate(logits.float(), target.shape[1:], mode="bilinear", align_corners=False)
+    found = large.max(1).indices
     colors = torch.from_numpy(palette()).to(target.device) / 255
     columns = [
         batch["image"].to(target.device),
