@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'RIVALS', 'Proxied', 'maskclip', 'sclip', 'clearclip', 'gaussian_window', 'naclip', 'proxyclip',
            'unet_features', 'proxied_features', 'place', 'early_attention', 'given', 'voting', 'grad_cam',
-           'word_attention', 'Rival', 'Remembering', 'recall', 'rival_output', 'rival_cache']
+           'word_attention', 'Remembering', 'recall', 'Rival', 'rival_output', 'rival_cache']
 
 # %% ../nbs/6_use/75_rivals.ipynb #0637b670
 from dataclasses import dataclass
@@ -274,6 +274,26 @@ def word_attention(
             hook.remove()
     return _words_and_patches(taken, noisy.shape[-2:], grid, at)
 
+# %% ../nbs/6_use/75_rivals.ipynb #84be1f77
+class Remembering:
+    "A `DiCLIP` that keeps what its diffusion model says about images, for as long as this object lives."
+
+    def __init__(self, model):
+        self.model, self.kept = model, {}
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+def recall(model, x, what: dict, make):
+    "make(), or what it gave for these images before, where the model is `Remembering`."
+    if not isinstance(model, Remembering):
+        return make()
+    key = digest(x.cpu(), what)
+    if key not in model.kept:
+        model.kept[key] = make()
+    return model.kept[key]
+
 # %% ../nbs/6_use/75_rivals.ipynb #84be1f88
 @dataclass(frozen=True)
 class Rival:
@@ -309,26 +329,6 @@ def _proxy(rule, other=None):
 
 def _near(model, x, switches):
     return None, switches | dict(grid=_grid(model, x))
-
-
-class Remembering:
-    "A `DiCLIP` that keeps what its diffusion model says about images, for as long as this object lives."
-
-    def __init__(self, model):
-        self.model, self.kept = model, {}
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-
-def recall(model, x, what: dict, make):
-    "make(), or what it gave for these images before, where the model is `Remembering`."
-    if not isinstance(model, Remembering):
-        return make()
-    key = digest(x.cpu(), what)
-    if key not in model.kept:
-        model.kept[key] = make()
-    return model.kept[key]
 
 
 def _unet(model, x, switches):
