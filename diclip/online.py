@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .cache import SILENT, Cache
 from .config import RetrievalSettings
 from .retrieval import retrieve
-from .supervision import on_grid, supervising_cam
+from .supervision import on_grid, supervising_cam, valid_patches
 from .train import Learner
 
 # %% ../nbs/6_use/76_online.ipynb #c7576a42
@@ -176,9 +176,8 @@ def take_in(
 ) -> tuple:  # as from `OnlineCache.update`
     "What the map of the cache's teacher is sure of goes into the cache."
     votes = online(f["features"]) if online.settings.teacher == "dynamic" else None
-    maps, inside = supervising_cam(f, labels, votes, profile), None
-    if valid is not None:  # a patch counts where at least half of it is image
-        inside = F.adaptive_avg_pool2d(valid[:, None].float(), profile.grid).flatten(1) >= 0.5
+    maps = supervising_cam(f, labels, votes, profile)
+    inside = None if valid is None else valid_patches(valid, profile.grid)
     return online.update(f["features"], maps, labels, inside)
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['add_static', 'mean_attention', 'class_maps', 'patch_attention', 'Frozen', 'pack', 'unpack', 'make_par',
-           'pixel_labels', 'on_grid', 'patch_labels', 'label_score', 'supervising_cam', 'augmented', 'precompute',
-           'store_targets']
+           'pixel_labels', 'on_grid', 'valid_patches', 'patch_labels', 'label_score', 'supervising_cam', 'augmented',
+           'precompute', 'store_targets']
 
 # %% ../nbs/5_training/53_supervision.ipynb #6809e25d
 from dataclasses import replace
@@ -154,6 +154,14 @@ def on_grid(
     return blocks.flatten(3).flatten(1, 2).mode(-1).values
 
 # %% ../nbs/5_training/53_supervision.ipynb #fbb93592
+def valid_patches(
+    valid: Tensor,  # (B, H, W) bool: what is image, and not padding
+    grid: tuple,  # (h, w)
+) -> Tensor:  # (B, h * w) bool
+    "The patches of which at least half is image."
+    return F.adaptive_avg_pool2d(valid[:, None].float(), grid).flatten(1) >= 0.5
+
+
 def patch_labels(
     maps: Tensor,  # (B, C, N) static CAMs
     grid: tuple,  # (h, w)
@@ -174,7 +182,7 @@ def patch_labels(
         out = pseudo_labels(maps, *(profile.thresholds or (None, None)), profile.gamma)
     if valid is None:
         return out
-    return out.masked_fill(F.adaptive_avg_pool2d(valid[:, None].float(), grid).flatten(1) < 0.5, 255)
+    return out.masked_fill(~valid_patches(valid, grid), 255)
 
 # %% ../nbs/5_training/53_supervision.ipynb #d4773ee2
 def label_score(

@@ -61,7 +61,7 @@ _PART = re.compile(r"\.[0-9a-f]{12}(\..+)?\.tmp")  # as `replacing` names them
 
 def _remove_dead_parts(folder, idle=60.0):  # seconds without a change
     "Remove what killed processes were writing."
-    for f in filter(lambda f: _PART.fullmatch(f.name), folder.iterdir()):
+    for f in filter(lambda f: _PART.fullmatch(f.name), folder.glob(".*.tmp")):
         try:
             if time.time() - f.stat().st_mtime > idle:
                 f.unlink()
