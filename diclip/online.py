@@ -166,7 +166,7 @@ def pure_features(
         found |= {f"taken_{name}": float(of.sum()), f"right_{name}": float(part[of].sum())}
     return found
 
-
+# %% ../nbs/6_use/76_online.ipynb #1aeb15ec
 def take_in(
     online: OnlineCache,
     f: dict,  # of a batch: features (B, N, d), cam and static (B, C, N), as `precompute` gives them
