@@ -18,11 +18,13 @@ from .head import raw_tokens
 # %% ../nbs/5_training/55_infer.ipynb #04544e4e
 def _patch_logits(clip, head, images):
     "(B, 1 + C, h, w) float32, one logit a patch and class; leaves the head in the mode that it was in."
-    tokens, training = raw_tokens(clip, images), head.training
+    tokens, grid = raw_tokens(clip, images), tuple(s // clip.patch for s in images.shape[-2:])
+    if not head.training:
+        return head(tokens, grid).float()
     try:
-        return head.eval()(tokens, tuple(s // clip.patch for s in images.shape[-2:])).float()
+        return head.eval()(tokens, grid).float()
     finally:
-        head.train(training)
+        head.train()
 
 
 def _side(n, to, like):

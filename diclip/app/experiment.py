@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'by_size', 'choose_threshold', 'score', 'center_prior', 'summarize', 'paired_difference', 'verdict',
-           'batched', 'Seeded', 'format_table', 'peak_memory', 'environment', 'save_record']
+           'batched', 'Seeded', 'format_table', 'peak_bytes', 'peak_memory', 'environment', 'save_record']
 
 # %% ../../nbs/6_use/62_experiment.ipynb #8e2113cd
 import json
@@ -181,20 +181,25 @@ def _code() -> dict:
     )
 
 # %% ../../nbs/6_use/62_experiment.ipynb #62d00003
-def peak_memory(device="cpu") -> float:  # GB; None where the system does not tell
-    "The most memory that this process has held: on the GPU with cuda, in main memory with cpu."
+def peak_bytes(device="cpu") -> int:  # 0 where the system does not tell
+    "The most memory that this process has held, in main memory; with cuda on the GPU, since the last reset."
     if str(device).startswith("cuda"):
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         (held,) = (l for l in status.read_text().splitlines() if l.startswith("VmHWM"))
-        return round(int(held.split()[1]) * 1024 / 1e9, 2)
+        return int(held.split()[1]) * 1024
     try:
         from resource import RUSAGE_SELF, getrusage
     except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+        return 0
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory(device="cpu") -> float:  # GB; None where the system does not tell
+    "`peak_bytes` for a record."
+    held = peak_bytes(device)
+    return round(held / 1e9, 2) if held else None
 
 # %% ../../nbs/6_use/62_experiment.ipynb #3933cb09
 _LIBRARIES = ("diclip", "torch", "open_clip_torch", "diffusers", "transformers", "scikit-learn")

@@ -78,7 +78,7 @@ def overlay_png(
     colored = Image.blend(seen, palette_image(mask).convert("RGB"), alpha)
     seen.paste(colored, mask=Image.fromarray(mask > 0))
     with replacing(path) as part:
-        seen.save(part, "PNG", compress_level=1)
+        seen.save(part, "PNG", compress_level=1, compress_type=3)  # run lengths: quicker and smaller
     return path
 
 # %% ../../nbs/appendix/d3_output.ipynb #d3a00002
