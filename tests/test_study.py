@@ -132,6 +132,13 @@ def test_a_table_is_measured_and_read_again(study):
     assert measure("VIh", study, (0,), (), draws=20)["loss weight 0.1"] == {}, "no heads asked for, none trained"
 
 
+def test_the_ratio_is_that_of_two_heads(study):
+    found = measure("IX", study, (), (0,), draws=20)
+    for r in found.values():
+        ratio, full = r["Ratio to fully supervised"], r["fully supervised"]["miou"]
+        assert abs(ratio["value"] - 100 * r["VOC val mIoU"]["miou"] / full) < 1 / full and ratio["low"] <= ratio["value"] <= ratio["high"]
+
+
 def test_another_folder_of_pictures_is_another_study(tmp_path):
     for k in (0, 4):
         export_voc(MiniWorld("train", 8)[k:k + 4], tmp_path / f"d{k}", "train"); export_voc(MiniWorld("val", 8)[k:k + 4], tmp_path / f"d{k}", "val")

@@ -6,10 +6,11 @@
 __all__ = ['BOTH', 'SCORES', 'CAM', 'HEAD', 'TABLES', 'layers', 'taus', 'alphas', 'prompts', 'betas', 'lambdas', 'SWEEPS',
            'rounds', 'SEGMENTED', 'counts', 'images', 'none', 'parts', 'FUSED', 'DRAWN', 'LABELS', 'SAMPLERS',
            'RETRIEVED', 'Row', 'Column', 'Table', 'times', 'sweep', 'share', 'named', 'versions', 'drawing',
-           'get_table', 'table_rows', 'measure']
+           'supervised_ratio', 'get_table', 'table_rows', 'measure']
 
 # %% ../../nbs/6_use/71_tables.ipynb #a8f5bc08
 from dataclasses import dataclass
+import torch
 from ..config import get_profile
 from ..study import Study
 
@@ -31,7 +32,7 @@ class Column:
     "A score of a table."
 
     of: str = "head"  # "cam", the "labels" that are made of it, or the "head" that is trained on them
-    score: str = "miou"  # "miou", "precision", "recall", as `summarize` names them
+    score: str = "miou"  # or "precision", "recall"; "ratio": to a head that masks teach
     kind: str = ""  # a kind of map in the place of the row's
     changes: tuple = ()  # ((setting, value), ...) beside the row's
 
@@ -146,7 +147,11 @@ TABLES["IX"] = Table(
         "DiCLIP (convolutional head)": Row("dynamic", dict(head="conv")),
         "DiCLIP (transformer head)": Row("dynamic", dict(head="transformer")),
     },
-    {"VOC val mIoU": Column("head"), "fully supervised": Column("head", kind="masks")},
+    {
+        "VOC val mIoU": Column("head"),
+        "fully supervised": Column("head", kind="masks"),
+        "Ratio to fully supervised": Column("head", "ratio"),
+    },
     "DiCLIP (transformer head)",
 )
 TABLES["XIa"] = Table(
@@ -216,6 +221,21 @@ SAMPLERS |= {"DPM-Solver++, half": drawing("dpm++", 0.5), "DPM-Solver++, a fifth
 RETRIEVED = {"CAM mIoU": Column("cam"), "retrieval alone": Column("cam", kind="cache")}
 TABLES["sampler"] = Table("How images are drawn", SAMPLERS, RETRIEVED, "DDIM, all steps")
 
+# %% ../../nbs/6_use/71_tables.ipynb #71d90002
+def supervised_ratio(
+    study: Study,
+    kind: str,  # of the maps that teach: "vce", "static", "dynamic"
+    seeds=(0,),  # of both heads
+    draws: int = 1000,  # bootstrap resamples
+) -> dict:  # value, low, high, percent
+    "Mean mIoU of heads by that of heads that masks teach, 95 % interval over images (Table IX)."
+    weak, full = (study.matrices(k, "head", seeds)[1] for k in (kind, "masks"))
+    share = lambda score: 100 * sum(map(score, weak)) / sum(map(score, full))
+    drawn = share(lambda m: m.resampled("miou", draws))
+    ends = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    value, low, high = (round(v, 2) for v in (share(lambda m: m.miou()), *ends))
+    return dict(value=value, low=low, high=high)
+
 # %% ../../nbs/6_use/71_tables.ipynb #d96f6ce2
 def get_table(name) -> Table:
     "A table by its number. Raises ValueError for another."
@@ -253,8 +273,11 @@ def measure(
             which = head_seeds if trained else seeds
             if not which or (k == "center" and c.of == "head"):
                 continue
-            against = None if c.score != "miou" else (c.kind or base[0], base[1].at(**dict(c.changes)))
-            r = here.row(k, c.of, tuple(which), draws, against)
-            found[row][column] = r | dict(value=r[c.score])
+            if c.score == "ratio":
+                found[row][column] = supervised_ratio(here, k, which, draws)
+            else:
+                against = None if c.score != "miou" else (c.kind or base[0], base[1].at(**dict(c.changes)))
+                r = here.row(k, c.of, tuple(which), draws, against)
+                found[row][column] = r | dict(value=r[c.score])
             done(row, column)
     return found
