@@ -136,7 +136,7 @@ def test_the_ratio_is_that_of_two_heads(study):
     found = measure("IX", study, (), (0,), draws=20)
     for r in found.values():
         ratio, full = r["Ratio to fully supervised"], r["fully supervised"]["miou"]
-        assert abs(ratio["value"] - 100 * r["VOC val mIoU"]["miou"] / full) < 1 / full and ratio["low"] <= ratio["value"] <= ratio["high"]
+        assert abs(ratio["value"] - 100 * r["VOC val mIoU"]["miou"] / full) < 1 / full and ratio["range"][0] <= ratio["value"] <= ratio["range"][1]
 
 
 def test_another_folder_of_pictures_is_another_study(tmp_path):

@@ -227,14 +227,13 @@ def supervised_ratio(
     kind: str,  # of the maps that teach: "vce", "static", "dynamic"
     seeds=(0,),  # of both heads
     draws: int = 1000,  # bootstrap resamples
-) -> dict:  # value, low, high, percent
+) -> list:  # ratio, low, high: percent
     "Mean mIoU of heads by that of heads that masks teach, 95 % interval over images (Table IX)."
     weak, full = (study.matrices(k, "head", seeds)[1] for k in (kind, "masks"))
     share = lambda score: 100 * sum(map(score, weak)) / sum(map(score, full))
     drawn = share(lambda m: m.resampled("miou", draws))
     ends = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
-    value, low, high = (round(v, 2) for v in (share(lambda m: m.miou()), *ends))
-    return dict(value=value, low=low, high=high)
+    return [round(v, 2) for v in (share(lambda m: m.miou()), *ends)]
 
 # %% ../../nbs/6_use/71_tables.ipynb #d96f6ce2
 def get_table(name) -> Table:
@@ -273,11 +272,10 @@ def measure(
             which = head_seeds if trained else seeds
             if not which or (k == "center" and c.of == "head"):
                 continue
+            against = None if c.score != "miou" else (c.kind or base[0], base[1].at(**dict(c.changes)))
+            r = here.row(k, c.of, tuple(which), draws, against)
             if c.score == "ratio":
-                found[row][column] = supervised_ratio(here, k, which, draws)
-            else:
-                against = None if c.score != "miou" else (c.kind or base[0], base[1].at(**dict(c.changes)))
-                r = here.row(k, c.of, tuple(which), draws, against)
-                found[row][column] = r | dict(value=r[c.score])
+                r["ratio"], *r["range"] = supervised_ratio(here, k, which, draws)
+            found[row][column] = r | dict(value=r[c.score])
             done(row, column)
     return found
