@@ -154,6 +154,8 @@ TABLES["IX"] = Table(
     },
     "DiCLIP (transformer head)",
 )
+
+# %% ../../nbs/6_use/71_tables.ipynb #9564ad77
 TABLES["XIa"] = Table(
     "What ACR refines", {"On CLIP": Row("vce", dict(source="clip")), "On SD": Row("vce")}, CAM, "On CLIP"
 )
@@ -249,7 +251,7 @@ def table_rows(name: str, study: Study) -> dict:  # {row: (kind, study)}
     rows = table.rows(study.profile) if callable(table.rows) else table.rows
     return {n: (row.kind, study.at(**row.settings(study.profile))) for n, row in rows.items()}
 
-
+# %% ../../nbs/6_use/71_tables.ipynb #71d90005
 def measure(
     name: str,  # of a table
     study: Study,
