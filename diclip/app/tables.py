@@ -10,7 +10,7 @@ __all__ = ['BOTH', 'SCORES', 'CAM', 'HEAD', 'TABLES', 'layers', 'taus', 'alphas'
 
 # %% ../../nbs/6_use/71_tables.ipynb #a8f5bc08
 from dataclasses import dataclass
-import torch
+from .experiment import interval
 from ..config import get_profile
 from ..study import Study
 
@@ -234,8 +234,7 @@ def supervised_ratio(
     weak, full = (study.matrices(k, "head", seeds)[1] for k in (kind, "masks"))
     share = lambda score: 100 * sum(map(score, weak)) / sum(map(score, full))
     drawn = share(lambda m: m.resampled("miou", draws))
-    ends = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
-    return [round(v, 2) for v in (share(lambda m: m.miou()), *ends)]
+    return [round(v, 2) for v in (share(lambda m: m.miou()), *interval(drawn))]
 
 # %% ../../nbs/6_use/71_tables.ipynb #d96f6ce2
 def get_table(name) -> Table:
