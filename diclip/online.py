@@ -184,6 +184,11 @@ def take_in(
 class OnlineLearner(Learner):
     "A learner whose student has an `OnlineCache` in the place of an adapter. Masks serve the log alone."
 
+    def __init__(self, *of_learner, **how):  # of `Learner`; raises ValueError for several processes
+        super().__init__(*of_learner, **how)
+        if self.accelerator.num_processes > 1:
+            raise ValueError("a cache learns from the images of its own process: train it with one process")
+
     def frozen_outputs(self, batch):
         self.seen = super().frozen_outputs(batch)
         return self.seen

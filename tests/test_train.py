@@ -24,16 +24,33 @@ def whole(tmp_path_factory):
     return main(tmp_path_factory.mktemp("whole"))
 
 
-def test_kill_and_resume_equals_uninterrupted(tmp_path, whole):
-    child = start(tmp_path, pause=.1)
-    while len(read_log(tmp_path)) < 7: time.sleep(.05); assert child.is_alive()
+def killed_and_resumed(folder, **how):
+    "The log of a training that was killed after seven iterations or more and went on in another process."
+    child = start(folder, pause=.1, **how)
+    while len(read_log(folder)) < 7: time.sleep(.05); assert child.is_alive()
     child.kill(); child.join()
-    assert 4 <= load_checkpoint(tmp_path)[1]["iteration"] < 24
-    again = start(tmp_path, resume=True); again.join()
+    assert 4 <= load_checkpoint(folder)[1]["iteration"] < 24
+    again = start(folder, resume=True, **how); again.join()
     assert again.exitcode == 0
-    resumed = read_log(tmp_path)
+    return read_log(folder)
+
+
+def test_kill_and_resume_equals_uninterrupted(tmp_path, whole):
+    resumed = killed_and_resumed(tmp_path)
     assert [l["iteration"] for l in resumed] == [l["iteration"] for l in whole] == list(range(1, 25))
     for a, b in zip(resumed, whole): assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_a_cache_that_learns_goes_on_after_a_kill(tmp_path):
+    whole, resumed = main(tmp_path / "whole", online=True), killed_and_resumed(tmp_path / "killed", online=True)
+    assert sum(l["taken_object"] for l in whole[:4]) and sum(l["taken_object"] for l in whole[8:]), "it learns before the kill and after"
+    for a, b in zip(resumed, whole, strict=True): assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_a_cache_that_learns_refuses_several_processes(monkeypatch):
+    from accelerate import Accelerator
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match="with one process"): learner_and_data(online=True)
 
 
 def test_tensorboard_has_the_losses_and_a_panel_with_each_checkpoint(tmp_path):
