@@ -182,6 +182,8 @@ def curves(
     "Draw labelled curves, with bands where bounds are given."
     import matplotlib.pyplot as plt
 
+    below = (len(lines) + 1) // 2 if len(lines) > 3 else 0  # rows of a legend that would hide a line
+    size = size[0], size[1] + 0.16 * below
     fig, ax = plt.subplots(figsize=size, dpi=DPI, layout="constrained")
     for (label, (x, y, *band)), style in zip(lines.items(), cycle(["-", "--", "-.", ":"])):
         (line,) = ax.plot(x, y, style, marker="o" if len(x) < 20 else None, ms=3, lw=1.2, label=label)
@@ -196,7 +198,9 @@ def curves(
     if logy:
         ax.set(yscale="log")
     ax.grid(alpha=0.3)
-    if len(lines) > 1:
+    if below:
+        fig.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    elif len(lines) > 1:
         ax.legend(fontsize=7)
     ends = (f"{n} from {y[0]:.3g} to {y[-1]:.3g}" for n, (_, y, *_) in lines.items() if len(y))
     show(fig, f"{ylabel} against {xlabel}: {'; '.join(ends)}")
