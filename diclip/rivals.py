@@ -379,15 +379,15 @@ def _diffsegmenter(model, x, labels, acr, timestep, spread):
     p, g = model.profile, _grid(model, x)
     scores = torch.zeros(len(x), len(p.classes), g[0] * g[1], device=x.device)
     images = sd_images(x, p, model.sd.factor)
-    wanted = labels.any(0) if labels is not None else torch.ones(len(p.classes), dtype=torch.bool)
-    for c in wanted.nonzero().flatten().tolist():
-        word = (p.image_names or p.classes)[c]
-        make = lambda: word_attention(model.sd, images, word, g, timestep)
-        X, A = recall(model, x, dict(word=word, timestep=timestep), make)
+    wanted = labels if labels is not None else torch.ones(len(x), len(p.classes), dtype=torch.bool)
+    for c in wanted.any(0).nonzero().flatten().tolist():
+        word, has = (p.image_names or p.classes)[c], wanted[:, c].to(x.device)
+        make = lambda: word_attention(model.sd, images[has], word, g, timestep)
+        X, A = recall(model, x[has], dict(word=word, timestep=timestep), make)
         A = refine(A, p) if acr else A
         for _ in range(spread):
             X = (A @ X[..., None])[..., 0]
-        scores[:, c] = X.to(x.device)
+        scores[has, c] = X.to(x.device)
     return _plain(model, x), scores
 
 # %% ../nbs/6_use/75_rivals.ipynb #3edd88a7
