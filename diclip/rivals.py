@@ -410,7 +410,7 @@ RIVALS = {
         ),
     ),
     "CLIPer": Rival("ICCV 2025", _cliper, dict(at=_own("last"), first=(0, 2), spread=(1, 0, 2, 4))),
-    "LaVG": Rival("ECCV 2024", _lavg, dict(at=_own("block"), groups=(9, 3, 6, 12, 20))),
+    "LaVG": Rival("ECCV 2024", _lavg, dict(at=_own("block"), groups=(9, 3, 6, 12, 20, 30, 40))),
     "CLIP-ES": Rival(
         "CVPR 2023",
         _clip_es,
