@@ -46,7 +46,7 @@ def oracle_attention(
     y = F.adaptive_avg_pool2d(onehot.permute(0, 3, 1, 2).float(), grid).flatten(2).mT
     return row_normalize(y @ y.mT)
 
-
+# %% ../nbs/3_vce/33_acr.ipynb #54cd6e45
 def rgb_attention(
     images: Tensor,  # (B, 3, H, W) RGB in [0, 1]
     grid: tuple[int, int],  # (h, w) patches

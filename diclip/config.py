@@ -73,7 +73,7 @@ class DataSettings:
     templates: tuple[str, ...] = ("a clean origami {}.",)  # text templates; several make an ensemble (family)
     image_names: Words | None = None  # the words put into the generation prompt; None: the classes (chosen)
 
-
+# %% ../nbs/1_ground/11_config.ipynb #3632673f
 @settings
 class ModelSettings:
     "The two frozen models and the size of what they see."
@@ -119,6 +119,8 @@ PropagationName = Literal[
 ]
 FusionName = Literal["additive", "clip", "sd", "gating", "scaling", "normalization"]
 Timestep = Annotated[int, Field(ge=0, le=999)]
+
+# %% ../nbs/1_ground/11_config.ipynb #52a7727f
 Layers = tuple[NonNegativeInt, ...] | None
 ReadoutName = Literal["inplace", "progressive", "dual", "surgery", "last"]
 
@@ -167,7 +169,7 @@ class CacheSettings:
     text_weighted: bool = True  # values (10) weighted by the text, or one-hot (Table V)
     cached_classes: Words | None = None  # classes that get pairs; None: all (Table XV)
 
-
+# %% ../nbs/1_ground/11_config.ipynb #230ae915
 @settings
 class RetrievalSettings:
     "Static and dynamic retrieval, III-D.2 and 3."

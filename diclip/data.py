@@ -108,7 +108,7 @@ def open_image(
             " out"
         ) from None
 
-
+# %% ../nbs/1_ground/13_data.ipynb #be471ef0
 def read_image(path) -> np.ndarray:  # (H, W, 3) uint8
     "An image file as RGB. Raises ValueError as `open_image` does."
     try:

@@ -32,7 +32,7 @@ def _side(n, to, like):
     eye = torch.eye(n, device=like.device, dtype=like.dtype)
     return F.interpolate(eye[None], int(to), mode="linear")[0]
 
-
+# %% ../nbs/5_training/55_infer.ipynb #b1f937af
 def _resize(x, size):
     "Bilinear interpolation as two products with matrices, on CPUs faster than the fused function."
     h, w = (_side(n, to, x) for n, to in zip(x.shape[-2:], size))
@@ -84,7 +84,7 @@ def check_scales(scales) -> tuple:
         )
     return tuple(scales)
 
-
+# %% ../nbs/5_training/55_infer.ipynb #b465f321
 def views(
     images,  # (B, 3, H, W) in [0, 1]; with `size`, also a list of (3, H, W) of several sizes
     patch: int,  # of CLIP, pixels
@@ -119,7 +119,7 @@ def view_mean(
         total += vote(_resize(upright[None], size)[0])
     return total / len(seen)
 
-
+# %% ../nbs/5_training/55_infer.ipynb #3d8f7ac3
 def each_scores(clip, head, images, size, scales, flip, out, mean):
     "An iterator over the scores of `segment_scores`, which need not fit into memory all at once."
     if mean not in ("probabilities", "logits"):
@@ -150,7 +150,7 @@ def segment_scores(
     scales: tuple = (1.0,),  # of the square, or of the sides (family: 0.7, 1.0, 1.2, 1.5)
     flip: bool = False,  # mirror each view as well (family: yes)
     out: tuple | None = None,  # (H, W) of the result; None for the images' own
-    mean: str = InferenceSettings.view_mean,  # "probabilities" or "logits" (family): what is averaged over the views
+    mean: str = InferenceSettings.view_mean,  # of "probabilities" or "logits" (family), over the views
 ) -> Tensor:  # (B, 1 + C, H, W) float32, sums to 1 over the classes; for a list, a list of (1 + C, H, W)
     """Probabilities of a head, averaged over scales and mirror images.
     Raises ValueError for scales, images or a mean that make no sense."""
@@ -169,7 +169,7 @@ def _grid_maps(cam_fn, x):
     check_finite(maps, "maps hold", "load the models in bfloat16 or float32.", always=True)
     return maps.float()
 
-
+# %% ../nbs/5_training/55_infer.ipynb #9a0d4f11
 @torch.no_grad()
 def multi_scale_cams(
     cam_fn,  # (B, 3, h, w) images -> (B, C, h', w') maps, zero for absent classes

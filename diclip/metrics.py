@@ -110,7 +110,7 @@ def _indices(mask, name):
         )
     return mask.long() if mask.ndim == 3 else mask.long()[None]
 
-
+# %% ../nbs/1_ground/15_metrics.ipynb #fba6f702
 def _pair(pred, target, num_classes, ignore_index):
     "Prediction and target as (B, H, W) of one shape, with every counted value in range."
     pred, target = _indices(pred, "pred"), _indices(target, "target")
@@ -164,7 +164,7 @@ def recall(self: ConfusionMatrix, mean: bool = False) -> Tensor:
     "(K,) share of c that was found, NaN where c is not in the targets; or the mean (Tables IV, V, XI, XII)."
     return self._score("recall", mean)
 
-
+# %% ../nbs/1_ground/15_metrics.ipynb #5424cde7
 @patch
 def confusion_ratio(self: ConfusionMatrix, mean: bool = False) -> Tensor:
     "(K,) FP / TP, NaN where TP = 0; or the mean over the defined classes, background included (Table VIII)."
@@ -251,7 +251,7 @@ def from_counts(
     out._record = [counts.flatten(1).to_sparse()]
     return out
 
-
+# %% ../nbs/1_ground/15_metrics.ipynb #3d453f9a
 @patch
 def packed(self: ConfusionMatrix) -> dict:  # {name: array}
     "The counts of all images without the zeros, for files: eighty classes have 6,561 cells an image."

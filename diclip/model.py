@@ -88,7 +88,7 @@ def as_dtype(
         raise ValueError("fp16 is for GPUs: choose bf16 on the CPU, or another device")
     return dtype
 
-
+# %% ../nbs/6_use/61_model.ipynb #4099c78c
 @patch(cls_method=True)
 def from_pretrained(
     cls: DiCLIP,
@@ -140,7 +140,7 @@ def as_arrays(images) -> list:
         return found
     raise ValueError("no images: pass a list with at least one")
 
-
+# %% ../nbs/6_use/61_model.ipynb #e45f52f4
 def groups(items, n: int):
     "Lists of n items of an iterator. Raises ValueError for an n that is no number of images."
     if not isinstance(n, int) or n < 1:
@@ -245,7 +245,7 @@ def cams_each(
     for some in groups(each_array(images), batch):
         yield from _cams(self, self.tensors(some), list(islice(wanted, len(some))), *how)
 
-
+# %% ../nbs/6_use/61_model.ipynb #9b155186
 @patch
 def cams(
     self: DiCLIP,
@@ -288,7 +288,7 @@ def _segment(model, arrays, scales, flip, crf, mean):
             q = torch.from_numpy(dense_crf(image, q.cpu(), p.crf_rounds, p.crf_position, p.crf_bilateral))
         yield q.max(0).indices.cpu()  # an argmax over the first dimension is seven times slower on CPUs
 
-
+# %% ../nbs/6_use/61_model.ipynb #698c6132
 @patch
 def segment_each(
     self: DiCLIP,
@@ -459,7 +459,7 @@ def _read_settings(folder) -> tuple:
             " with this version"
         ) from None
 
-
+# %% ../nbs/6_use/61_model.ipynb #9d92b11f
 def read_profile(folder):  # a `Profile`
     "The profile of a saved model, its classes and words. Raises ValueError where there is none."
     return _read_settings(folder)[0]

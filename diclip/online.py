@@ -136,7 +136,7 @@ def update(
             self.keys[j] = F.normalize(s.momentum * self.keys[j] + (1 - s.momentum) * f, dim=0)
     return classes, images, sure
 
-
+# %% ../nbs/6_use/76_online.ipynb #0017093e
 @patch
 def as_cache(self: OnlineCache) -> Cache:
     "Static and learned pairs as one `Cache`, foreground first, which `Cache.save` writes."
@@ -180,7 +180,7 @@ def take_in(
     inside = None if valid is None else valid_patches(valid, profile.grid)
     return online.update(f["features"], maps, labels, inside)
 
-
+# %% ../nbs/6_use/76_online.ipynb #bd320351
 class OnlineLearner(Learner):
     "A learner whose student has an `OnlineCache` in the place of an adapter. Masks serve the log alone."
 

@@ -154,7 +154,7 @@ def object_patch(
     share = F.adaptive_avg_pool2d(torch.as_tensor(to_numpy(mask) > 0).float()[None], grid)
     return int((share + F.avg_pool2d(share, 3, 1, 1)).flatten().argmax())
 
-
+# %% ../nbs/1_ground/14_plot.ipynb #b7208f2e
 def marked(
     image,  # (H, W, 3) or (3, H, W), uint8 or float in [0, 1]
     i,  # a patch, 0 to h * w - 1

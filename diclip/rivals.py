@@ -314,7 +314,7 @@ class Rival:
 def _grid(model, x) -> tuple:
     return tuple(side // model.clip.patch for side in x.shape[-2:])
 
-
+# %% ../nbs/6_use/75_rivals.ipynb #0e32f814
 def _proxy(rule, other=None):
     "A rival whose whole idea is a proxy; `other` makes features of switches that are not the rule's."
 

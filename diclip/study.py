@@ -44,7 +44,7 @@ def scored(self: Study, kind: str, adapter=None) -> tuple:  # threshold, `Confus
     cut = THRESHOLDS[int(mean_score(chosen).argmax())]
     return cut, sum(cam_confusion(*part, cut) for part in self.pixels(kind, "val", None, adapter))
 
-
+# %% ../nbs/6_use/70_study.ipynb #8042a679
 @patch
 def sides(self: Study) -> dict:
     "What scores depend on, beside the maps."
@@ -79,7 +79,7 @@ def student_facts(self: Study, teacher: str) -> dict:
     facts |= dict(maps=self.map_facts(kind)) | self.read("labels")
     return facts | (self.read("adapter", "dynamic") if teacher == "dynamic" else {})
 
-
+# %% ../nbs/6_use/70_study.ipynb #7dd82603
 @patch
 @torch.no_grad()
 def tokens(self: Study, side: str) -> np.ndarray:  # (n, L, N, D) half precision, on disk
@@ -230,7 +230,7 @@ def matrices(self: Study, kind: str, of: str = "cam", seeds=(0,)) -> tuple:
     found = [getattr(self.at(seed=seed), MEASURES[of])(kind) for seed in seeds]
     return [t for t, _ in found], [m for _, m in found]
 
-
+# %% ../nbs/6_use/70_study.ipynb #59ca37e8
 @patch
 def row(self: Study, kind: str, of: str = "cam", seeds=(0,), draws: int = 1000, against=None) -> dict:
     "One line of a table, percent; with `against`, (kind, study), the paired difference from that row."

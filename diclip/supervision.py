@@ -40,7 +40,7 @@ def mean_attention(
     "CLIP's own attention, for the affinity switch."
     return sum(A.float().mean(1)[:, 1:, 1:] for A in maps) / len(maps)
 
-
+# %% ../nbs/5_training/53_supervision.ipynb #5a2e7574
 def class_maps(
     clip,  # `DenseCLIP`
     sd,  # `StableDiffusion` or None
@@ -72,7 +72,7 @@ def patch_attention(
     "CLIP's own attention between patches, mean over heads and its last layers, for the affinity switch."
     return mean_attention(clip.dense(images, keep=("attention",)).attention[-layers:])
 
-
+# %% ../nbs/5_training/53_supervision.ipynb #82763242
 class Frozen:
     """CLIP, diffusion model and cache: images and labels in; tokens (B, L, N, D), features (B, N, d), cam and
     static (B, C, N) out."""

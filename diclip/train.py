@@ -236,7 +236,7 @@ def settings(learner, data) -> dict:
     )
     return json.loads(json.dumps(asdict(learner.profile) | facts))
 
-
+# %% ../nbs/5_training/54_train.ipynb #7974e5ad
 @patch
 def save(self: Learner, folder, iteration, settings, **state):
     "Write a checkpoint (first process only)."
@@ -294,7 +294,7 @@ def _name(skipped):
     if skipped:
         print(f"skipped {len(skipped)} damaged images: {'; '.join(sorted(set(skipped))[:5])}")
 
-
+# %% ../nbs/5_training/54_train.ipynb #5db7aa79
 def _run(learner, data, folder, first, bar, log, keep, evaluate, save_every, log_every, eval_every):
     "The loop of `train`; returns the names of what was skipped."
     skipped, last, saved = [], learner.profile.iterations, time.monotonic()

@@ -95,7 +95,7 @@ def refine(
         seed=seed,
     )
 
-
+# %% ../nbs/3_vce/34_vce.ipynb #f4b5cb87
 def sd_images(
     images: Tensor,  # (B, 3, H, W) in [0, 1], as CLIP gets them
     profile,  # `Profile`: crop and sd_crop

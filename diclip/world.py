@@ -56,7 +56,7 @@ def material(rng, box=(slice(0, SIZE), slice(0, SIZE))):
         return np.sin(u) + np.sin(v) > 0.8
     return grid[box] > 0.1
 
-
+# %% ../nbs/1_ground/12_world.ipynb #7efdeee6
 def two_colors(rng, around):
     """Two colors (3,) that differ by more than .6 in all; each may be borrowed from `around` (n, 3), which
     camouflages."""
@@ -246,6 +246,8 @@ COMPANIONS = dict(
     bottle=("chair", "cat"),
     chair=("bottle", "cat"),
 )
+
+# %% ../nbs/1_ground/12_world.ipynb #78e05e6a
 SPLITS = dict(train=0, val=1, test=2, pretrain=3, portraits=4)
 SPLIT_SIZE = dict(train=3000, val=400, test=400)
 P_HOME = 0.4

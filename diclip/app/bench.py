@@ -133,7 +133,7 @@ def random_sd(
     sd.null_prompt = torch.randn(1, 77, unet.config.cross_attention_dim, device=device).to(dtype)
     return sd
 
-
+# %% ../../nbs/6_use/65_speed.ipynb #919e5b07
 def bench_models(
     profile,  # `Profile`
     random: bool = False,  # random weights in the place of a download

@@ -86,9 +86,9 @@ def diclip_cache(
     model: str = "mini",  # a profile, or a folder that diclip_train wrote: its classes and words
     per_class: int = 0,  # generated images a class; 0: the profile's (50)
     pool: str = "",  # folder of the generated images; empty: pool in `out`
-    shard: str = "",  # i/n, i from 0: only draw this part of the images; "auto": Slurm's or Kubernetes' numbers
+    shard: str = "",  # i/n, i from 0: draw this part of the images; "auto": Slurm's or Kubernetes' numbers
     device: str = "cpu",  # "cpu" or "cuda"
-    precision: str = "fp32",  # of the frozen models: "fp32", "bf16" or, on GPUs, "fp16"; keys and values stay float32
+    precision: str = "fp32",  # of frozen models: "fp32", "bf16" or, on GPUs, "fp16"; the cache stays float32
     trust: bool = False,  # let a folder name other weights than the profiles do
     debug: bool = False,  # show the traceback of a refusal
 ):
@@ -128,7 +128,7 @@ def _is_own(data, labels, words, classes) -> bool:
     formats = data and (is_coco(data) or (Path(data) / "SegmentationClass").is_dir())
     return bool(labels or words or classes or data and not formats)
 
-
+# %% ../../nbs/6_use/64_commands.ipynb #2001520f
 def _training_data(profile, data, split, n, labels, words, classes, changes) -> tuple:  # profile, samples
     "What is trained on, and the profile for its classes. Raises ValueError for a list that does not fit."
     from dataclasses import replace
@@ -174,9 +174,9 @@ def _finish(model, samples, out, own):
 def diclip_train(
     profile: str = "mini",  # "mini", "voc" or "coco", or a folder that diclip_train wrote, to go on from it
     data: str = "",  # data folder (diclip_data), or one with pictures of your own; not needed for mini
-    labels: str = "",  # list of labels for pictures of your own: CSV with file,labels, JSON, or a folder of VOC's XML
+    labels: str = "",  # of pictures of your own: CSV with file,labels, JSON, or a folder of VOC's XML
     words: str = "",  # YAML or TOML with words for classes and background, and templates
-    classes: str = "",  # names of the classes, comma-separated, in the order of their numbers; empty: the list's
+    classes: str = "",  # names, comma-separated, in the order of their numbers; empty: the list's classes
     split: str = "train",  # list that is trained on ("train_aug" on VOC with SBD)
     n: int = 0,  # only the first n images; 0: all
     out: str = "runs/train",  # folder for checkpoint, log, TensorBoard and, in the end, the model
@@ -187,7 +187,7 @@ def diclip_train(
     seed: int = 0,  # of order, crops, first weights
     resume: bool = False,  # go on from the checkpoint in `out`
     skip_damaged: bool = False,  # report damaged images at the end instead of stopping at the first
-    precision: str = "fp32",  # of frozen models and, by autocast, of head and adapter: "fp32", "bf16" or, on GPUs, "fp16"; losses stay float32
+    precision: str = "fp32",  # of frozen models and of autocast: "fp32", "bf16" or, on GPUs, "fp16"
     workers: int = 0,  # processes that read images ahead
     device: str = "cpu",  # "cpu", "cuda" or "mps"; accelerate launch decides for several
     trust: bool = False,  # let a folder name other weights than the profiles do
@@ -269,7 +269,7 @@ def one_core_each(device):  # yields how many images to have under way
     finally:
         torch.set_num_threads(cores)
 
-
+# %% ../../nbs/6_use/64_commands.ipynb #557e1cb6
 def segment_files(files, out, model, on_error, **how):  # a finished `predict`
     "Label images and overlays of image files; how as for `DiCLIP.segment`."
     from diclip.app.output import overlay_png, predict, save_label
@@ -316,7 +316,7 @@ def diclip_segment(
     crf: bool = False,  # DenseCRF on the result
     skip_damaged: bool = False,  # report damaged files at the end instead of stopping at the first
     device: str = "cpu",  # "cpu" or "cuda"
-    precision: str = "fp32",  # of the frozen models: "fp32", "bf16" or, on GPUs, "fp16"; the head and its scores stay float32
+    precision: str = "fp32",  # of frozen models: "fp32", "bf16" or, on GPUs, "fp16"; the head stays float32
     trust: bool = False,  # let a folder name other weights than the profiles do
     debug: bool = False,  # show the traceback of a refusal
 ):
@@ -366,7 +366,7 @@ def diclip_eval(
     mean: str = "",  # what is averaged over the views: "probabilities" or "logits"; empty: the profile's
     crf: bool = False,  # DenseCRF on the result
     device: str = "cpu",  # "cpu" or "cuda"
-    precision: str = "fp32",  # of the frozen models: "fp32", "bf16" or, on GPUs, "fp16"; the head and its scores stay float32
+    precision: str = "fp32",  # of frozen models: "fp32", "bf16" or, on GPUs, "fp16"; the head stays float32
     trust: bool = False,  # let a folder name other weights than the profiles do
     debug: bool = False,  # show the traceback of a refusal
 ):

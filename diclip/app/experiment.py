@@ -45,7 +45,7 @@ def by_size(
         yield resize_maps(maps[start:end].cpu(), grid, size), labels[start:end].cpu(), target
         start = end
 
-
+# %% ../../nbs/6_use/62_experiment.ipynb #1a2bb83c
 def choose_threshold(maps, grid, labels, masks) -> tuple:
     "(threshold, mIoU per threshold): the one of `THRESHOLDS` with the best mIoU; for the train split only."
     total = sum(threshold_matrices(m, l, t, THRESHOLDS) for m, l, t in by_size(maps, grid, labels, masks))

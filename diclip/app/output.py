@@ -38,7 +38,7 @@ def check_mask(mask, name="the mask") -> np.ndarray:
         )
     return x.astype(np.uint8)
 
-
+# %% ../../nbs/appendix/d3_output.ipynb #061fb4d2
 def save_label(
     mask,  # (H, W) integers, array or tensor: 0 background, c + 1 class c, 255 ignored
     path,  # file name, ends in .png

@@ -49,7 +49,7 @@ def zero_shot(
     pairs = zip(truth.T.numpy(), scores.T.numpy())
     return [float(average_precision_score(t, s)) if t.any() else None for t, s in pairs]
 
-
+# %% ../../nbs/6_use/74_own.ipynb #11a437bf
 def doubtful(
     scores: torch.Tensor,  # (n, C) of `image_scores`
     truth: torch.Tensor,  # (n, C) bool
@@ -125,7 +125,7 @@ def _over(image, ids) -> np.ndarray:
     ids = ids.numpy()
     return np.where((ids > 0)[..., None], 0.4 * image + 0.6 * palette()[ids], image).astype(np.uint8)
 
-
+# %% ../../nbs/6_use/74_own.ipynb #56b3770e
 def _table(head, rows) -> str:
     "A table of HTML; everything in it is escaped unless it is an image."
     cell = lambda v: v if str(v).startswith("<img") else html.escape(str(v))

@@ -127,7 +127,7 @@ def _lists(v: dict):
     for split in filter(None, (v.get("split"), v.get("also"))):
         yield split, v.get("n_val")
 
-
+# %% ../../nbs/6_use/63_repro.ipynb #21af93d4
 def _check_values(v: dict):
     "Raises ValueError for parameters that models or data would refuse."
     from diclip.world import CLASSES
@@ -247,7 +247,7 @@ def diclip_repro(
     data: str = "",  # data folder in VOC's format (VOCdevkit/VOC2012); not needed for mini
     out: str = "runs/repro",  # folder for the executed notebooks, their records and their reports
     device: str = "cpu",  # "cpu", "cuda" or "mps"
-    precision: str = "fp32",  # of the frozen models: "fp32", "bf16" or, on GPUs, "fp16"; training and scores stay float32
+    precision: str = "fp32",  # of frozen models: "fp32", "bf16" or, on GPUs, "fp16"; the rest is float32
     n_train: int = None,  # images of the train split on which thresholds are chosen (60)
     n_val: int = None,  # images that are scored (200; voc: the paper scores CAMs on train, see --split)
     split: str = None,  # split that is scored (val)

@@ -73,7 +73,7 @@ SOURCES = {  # name -> is there chance in it?
 }
 KINDS = ("center", "vce", "cache", "static", "dynamic", "suppressed")  # of maps, see `maps`
 
-
+# %% ../../nbs/6_use/69_stages.ipynb #fef8267f
 @dataclass(frozen=True)
 class Plan:
     "What a study looks at, beside the profile."
@@ -170,7 +170,7 @@ def text(self: Study) -> Tensor:  # (C, d)
         ("text", self.clip.fingerprint, p.prompt_names, p.templates), lambda: self.clip.text(p.prompt_names)
     )
 
-
+# %% ../../nbs/6_use/69_stages.ipynb #109c2f29
 class Images:
     "A data set whose last thousand images stay in memory."
 
@@ -245,7 +245,7 @@ def source_facts(self: Study) -> dict:
         facts = {k: v for k, v in facts.items() if k not in ("sd_crop", "timestep", "sd_layers", "sd_draws")}
     return facts | dict(precision=plan.precision)
 
-
+# %% ../../nbs/6_use/69_stages.ipynb #fe80fe3d
 @patch
 def encoder_facts(self: Study) -> dict:
     "What the features depend on, beside the images."
@@ -271,7 +271,7 @@ def clip_attention(clip, images):
     last = clip.dense(images, keep=("attention",)).attention[-1]
     return row_normalize(last.float().mean(1)[:, 1:, 1:])
 
-
+# %% ../../nbs/6_use/69_stages.ipynb #006f8085
 @patch
 def attending(self: Study):
     "Whatever gives the attention: the diffusion model, its stand-in, or None."
@@ -379,7 +379,7 @@ def cache_facts(self: Study) -> dict:
         facts |= {k: getattr(self.profile, k) for k in ("par_dilations", "par_rounds")}
     return facts | ({} if self.plan.pool else self.pool_facts())
 
-
+# %% ../../nbs/6_use/69_stages.ipynb #8264f1e6
 @patch
 def pool_digest(self: Study) -> str:
     "Of the names and bytes of images that were given or collected; empty where they are generated."
@@ -481,7 +481,7 @@ def maps(
         return dynamic_cam(M, votes, p.dynamic_beta, y, p.dynamic_votes, p.norm)
     return self._with_cache(kind, f, M, y)
 
-
+# %% ../../nbs/6_use/69_stages.ipynb #5543cfff
 @patch
 def _with_cache(self: Study, kind, f, M, y):
     "Maps that the cache takes part in."

@@ -177,7 +177,7 @@ def wanted_masks(
         )
     return {i: image_size(Path(data) / f"JPEGImages/{i}.jpg") if data else None for i in names}
 
-
+# %% ../../nbs/appendix/d4_submit.ipynb #5ab9c626
 def image_size(
     path,  # of an image
 ) -> tuple:  # (H, W)
@@ -213,7 +213,7 @@ def check_count(n, where) -> None:
             " which are missing, or another list with --list"
         )
 
-
+# %% ../../nbs/appendix/d4_submit.ipynb #94dcfd12
 def submit_folder(
     folder,  # predictions <id>.png
     path,  # archive to write, ends in .tgz or .tar.gz

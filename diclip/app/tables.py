@@ -36,7 +36,7 @@ class Column:
     kind: str = ""  # a kind of map in the place of the row's
     changes: tuple = ()  # ((setting, value), ...) beside the row's
 
-
+# %% ../../nbs/6_use/71_tables.ipynb #6154c861
 @dataclass(frozen=True)
 class Table:
     "A table of the paper."
@@ -207,7 +207,7 @@ TABLES["III"] = Table(
     "DiCLIP (VCE)",
 )
 
-
+# %% ../../nbs/6_use/71_tables.ipynb #7cb02211
 def drawing(name, part):
     "A few images a class, drawn by one sampler in a share of the profile's steps."
     steps = lambda profile: max(1, round(profile.steps * part))

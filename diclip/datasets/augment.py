@@ -23,7 +23,7 @@ class View:
     left: int  # likewise
     mirror: bool  # left and right exchanged
 
-
+# %% ../../nbs/appendix/c4_augment.ipynb #6455e577
 def draw_view(
     shape: tuple,  # (H, W) of the image
     rng: np.random.Generator,  # the only source of chance
@@ -57,7 +57,7 @@ def _window(view, crop):
         slice(a - o, b - o) for (a, b), o in zip(spans, (view.top, view.left))
     ]
 
-
+# %% ../../nbs/appendix/c4_augment.ipynb #d4ff16fc
 def apply_view(
     image: np.ndarray,  # (H, W, 3) uint8
     view: View,  # of this image

@@ -231,7 +231,7 @@ def mask(self: COCO, name: str) -> np.ndarray:  # (H, W) uint8
     values = [255 if a.get("iscrowd") else index[a["category_id"]] + 1 for a in found]
     return paint_instances(regions, values, size)
 
-
+# %% ../../nbs/appendix/c2_coco.ipynb #5967f7a1
 @patch
 def read(self: COCO, name: str) -> Sample:
     "The sample of an image id. Raises ValueError for whatever does not fit."

@@ -41,7 +41,7 @@ class Archive:
     def hashes(self):
         return {k: v for k, v in (("MD5", self.md5), ("SHA-256", self.sha256)) if v}
 
-
+# %% ../../nbs/appendix/c6_download.ipynb #1fe672bc
 _OXFORD, _COCO = "robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", "images.cocodataset.org"
 _coco = lambda path, size, md5, sha256, **holds: Archive(
     (f"https://s3.amazonaws.com/{_COCO}/{path}", f"http://{_COCO}/{path}"),
@@ -75,13 +75,16 @@ _voc = Archive(
     _in_voc(JPEGImages=17125, Annotations=17125, SegmentationClass=2913),
     sha256="e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
 )
+
+# %% ../../nbs/appendix/c6_download.ipynb #284228a5
 _voc_test = Archive(
     (f"{_BRAINCHIP}/VOC2012test.tar",),
     1_850_626_560,
     "9065beb292b6c291fad82b2725749fda",
     {"VOCdevkit/VOC2012/ImageSets/Segmentation/test.txt": 1456},
     sha256="f08582b1935816c5eab3bbb1eb6d06201a789eaa173cdf1cf400c26f0cac2fb3",
-    note="Oxford gives it out after a login at http://host.robots.ox.ac.uk:8080/eval/downloads/VOC2012test.tar",
+    note="Oxford gives it out after a login at"
+    " http://host.robots.ox.ac.uk:8080/eval/downloads/VOC2012test.tar",
 )
 
 # %% ../../nbs/appendix/c6_download.ipynb #5b1c90d2
@@ -98,6 +101,8 @@ _sbd = Archive(
     "82b4d87ceb2ed10f6038a1cba92111cb",
     {"benchmark_RELEASE/dataset/cls": 11355},
 )
+
+# %% ../../nbs/appendix/c6_download.ipynb #db2dfeee
 ARCHIVES = dict(
     voc=(_voc,),
     voc_test=(_voc_test,),
@@ -318,7 +323,7 @@ def missing_files(
     "Which folders of an unpacked archive are incomplete."
     return {f: (found, n) for f, n in archive.holds.items() if (found := _count(Path(root) / f)) < n}
 
-
+# %% ../../nbs/appendix/c6_download.ipynb #5b1297cc
 def verify_data(
     name: str,  # "voc", "voc_test", "sbd" or "coco"
     root,  # folder given to diclip_data

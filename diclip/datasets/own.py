@@ -88,7 +88,7 @@ def read_json(path) -> dict:  # {file: names}
         raise ValueError(f"{path.name} lists no files: give {LIST_HELP}")
     return _pairs([(f, _names(labels, f"{f} in {path.name}")) for f, labels in found], path)
 
-
+# %% ../../nbs/appendix/c8_own.ipynb #c13cf7a8
 def _coco_labels(found, path):
     "Labels of COCO's instances; polygons are not looked at and need not be there."
     try:
@@ -231,7 +231,7 @@ def _files(self: OwnImages, names: list) -> dict:  # {name in the list: path}
         raise ValueError(f"{many[0]} in the list may be {both}: write it with its folder and its ending")
     return {n: by[n][0] for n in names}
 
-
+# %% ../../nbs/appendix/c8_own.ipynb #fdad2687
 @patch
 def read(self: OwnImages, name: str) -> Sample:
     "The sample of an image id. Raises ValueError for a damaged file."
@@ -285,7 +285,7 @@ def own_profile(
         profile, classes=tuple(classes), prompt_names=read, image_names=read, cached_classes=None, **more
     )
 
-
+# %% ../../nbs/appendix/c8_own.ipynb #789cdebe
 def unknown_words(profile) -> dict:  # {class: words}
     "Words of the classes that the mini models have never read; none for a CLIP of the web's captions."
     if profile.clip != MINI.clip:

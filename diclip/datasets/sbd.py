@@ -44,7 +44,7 @@ def read_sbd(
         )
     return mask.astype(np.uint8)
 
-
+# %% ../../nbs/appendix/c3_sbd.ipynb #712de337
 SBD_HELP = (
     "expected SBD's folder benchmark_RELEASE/dataset with cls, train.txt and val.txt; get it with diclip_data"
     " sbd --root DIR"

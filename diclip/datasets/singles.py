@@ -43,7 +43,7 @@ def singles(dataset, classes):
             if name in classes:
                 yield name, i
 
-
+# %% ../../nbs/appendix/c7_singles.ipynb #9145580a
 def pick_singles(
     lists,  # data sets, the later ones for what the earlier ones lack
     classes,  # names

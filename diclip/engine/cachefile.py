@@ -91,7 +91,7 @@ def read_pooled(path, key: list):  # foreground and background vectors (n, d), o
         return None
     return tuple(r[: len(key) - 1] for r in rows) if whole and fits else None
 
-
+# %% ../../nbs/appendix/a8_cachefile.ipynb #01ca080b
 def keep_pooled(
     path,  # of the work file; None keeps nothing
     key: list,  # what all vectors depend on, then a part for each picture

@@ -35,7 +35,7 @@ def read_log(folder) -> list:
 def _sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
-
+# %% ../../nbs/appendix/a2_checkpoint.ipynb #c01c43a4
 def save_checkpoint(
     folder,  # where the current checkpoint lives
     tensors: dict,  # name -> tensor
@@ -116,7 +116,7 @@ def save_training(
     tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(optimizer).items()}
     save_checkpoint(folder, tensors, dict(iteration=iteration, settings=settings, **state))
 
-
+# %% ../../nbs/appendix/a2_checkpoint.ipynb #f58769a3
 def load_training(folder, module, optimizer, settings: dict) -> int:
     """Continue from a folder's checkpoint: the iteration to go on with, 0 where there is none.
     Raises ValueError for the checkpoint of another training."""

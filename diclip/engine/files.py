@@ -68,7 +68,7 @@ def _remove_dead_parts(folder, idle=60.0):  # seconds without a change
         except OSError:  # somebody else's, and alive or removed by now
             continue
 
-
+# %% ../../nbs/appendix/a1_files.ipynb #3b7fc744
 @contextmanager
 def only_one(
     folder,  # that many files are written into; is made

@@ -26,7 +26,7 @@ _CURES = {
 _OURS = ("ValueError", "FileNotFoundError", "ImportError", "WeightsError")
 _MEMORY = "the memory of the device is full: choose --precision bf16, or fewer images at a time"
 
-
+# %% ../../nbs/appendix/d6_shell.ipynb #af6d2653
 def user_sentence(error) -> str:
     "What an exception says to a user, in one line; empty where it is a mistake of this program."
     name, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))

@@ -76,7 +76,7 @@ def _check_layers(layers, count):
         )
     return sorted(set(wanted))
 
-
+# %% ../../nbs/3_vce/31_unet.ipynb #5d4ed37f
 def _heads(attn, x, norm):
     "(B, T, heads * d) to (B, heads, T, d), with the layer's own normalization where it has one."
     x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)

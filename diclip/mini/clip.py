@@ -305,7 +305,7 @@ def start_clip(folder, start=None):
     model.load_state_dict(state)
     return model, tokenizer
 
-
+# %% ../../nbs/mini/20_clip.ipynb #cd336edc
 def train_clip(
     folder,  # checkpoint, log and merges; with every checkpoint the shipped weights in `ship`
     minutes: float = None,  # the budget in minutes

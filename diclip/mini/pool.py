@@ -60,7 +60,7 @@ def write_pool(
             text = json.dumps([c for part in parts for c in part])
             write_atomic(folder / f"{kind}.json", lambda p: p.write_text(text))
 
-
+# %% ../../nbs/mini/10_pool.ipynb #30b8a125
 def read_pool(
     folder,  # what `write_pool` wrote
     kind: str,  # "scenes" or "portraits"

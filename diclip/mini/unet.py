@@ -78,7 +78,7 @@ def first_alone(make):
         torch.distributed.barrier()
     return made if rank() == 0 else make()
 
-
+# %% ../../nbs/mini/40_unet.ipynb #0209e837
 class Denoiser(torch.nn.Module):
     "Text encoder and UNet as one trainable module."
 

@@ -77,7 +77,7 @@ def latent_scale(vae, images):
     with torch.no_grad():
         return 1 / vae.encode(images).latent_dist.mean.std().item()
 
-
+# %% ../../nbs/mini/30_vae.ipynb #8e9f3248
 def train_vae(
     folder,  # checkpoint and log
     pool,  # the pre-training pool

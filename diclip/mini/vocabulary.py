@@ -49,7 +49,7 @@ def write_open_clip(merges, path):
     text = "\n".join(["#version: 0.2", *(" ".join(m) for m in merges)])
     Path(path).write_bytes(gzip.compress(text.encode(), mtime=0))
 
-
+# %% ../../nbs/mini/12_vocabulary.ipynb #6b155ad3
 def write_transformers(merges, folder, context_length=77):
     "The files that `transformers.CLIPTokenizer.from_pretrained(folder)` reads."
     tokens = (
