@@ -15,7 +15,7 @@ SMALL = {"components": dict(n_train=6, n_val=6, seeds=1, per_class=2, draws=50, 
          "confusion": dict(n_train=6, n_choose=6, n_val=16, iterations=3, draws=50, overrides=FEW),
          "cost": dict(n_train=6, n_choose=6, n_val=6, iterations=3, points=3, draws=50, overrides=FEW),
          "rivals": dict(n_train=3, n_choose=3, n_val=3, names=["NACLIP", "DiffSegmenter"], most=1, draws=50, overrides=FEW),
-         "online": dict(n_train=6, n_choose=3, n_val=6, seeds=1, iterations=3, points=2, confidences=[.7], budgets=[2], shares=[0., .8], draws=50, overrides=FEW),
+         "online": dict(n_train=6, n_choose=3, n_val=6, seeds=1, iterations=3, points=2, confidences=[.7], budgets=[2], momenta=[.5], shares=[0., .8], draws=50, overrides=FEW),
          "figures": dict(n_val=6, shown=2, rounds=2, alphas=[.5, 1.], n_train=40, iterations=3, overrides=FEW | dict(images_per_class=1, centroids=1))}
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from diclip.cache import Cache
-from diclip.online import OnlineCache, OnlineSettings, confident_features, pure_features
+from diclip.online import OnlineCache, OnlineSettings, confident_features, pure_features, right_parts
 from diclip.retrieval import retrieve
 
 
@@ -27,7 +27,7 @@ def test_an_empty_place_votes_for_nothing():
     assert torch.allclose(online(f), retrieve(f, static.keys, static.values), atol=1e-6)
 
 
-@pytest.mark.parametrize("how", [dict(), dict(per_class=False), dict(momentum=0.), dict(momentum=1.), dict(confidence=.6)])
+@pytest.mark.parametrize("how", [dict(), dict(per_class=False), dict(momentum=0.), dict(momentum=1.), dict(confidence=.6), dict(alike=.3)])
 def test_what_stays_true(how):
     static, online = made(**how)
     for seed in range(8): online.update(*batch(seed))
@@ -59,10 +59,35 @@ def test_absent_classes_and_few_patches_are_not_taken():
 def test_purity_is_a_mean_over_features():
     masks = torch.tensor([[[1, 1], [0, 255]]])
     sure = torch.tensor([[True, True, True, True], [False, False, True, False], [True, False, True, False]])
-    found = pure_features(torch.tensor([0, 4, 4]), torch.tensor([0, 0, 0]), sure, masks, (2, 2), 4)
-    assert found == {"taken_object": 1, "right_object": pytest.approx(2 / 3), "taken_background": 2, "right_background": 1.5}
+    classes = torch.tensor([0, 4, 4])
+    part = right_parts(classes, torch.tensor([0, 0, 0]), sure, masks, (2, 2), 4)
+    assert part.tolist() == [pytest.approx(2 / 3), 1, .5]
+    assert pure_features(classes, part, 4) == {"taken_object": 1, "right_object": pytest.approx(2 / 3), "taken_background": 2, "right_background": 1.5}
+    unknown = right_parts(torch.tensor([0]), torch.tensor([0]), torch.tensor([[False, False, False, True]]), masks, (2, 2), 4)
+    assert unknown.tolist() == [-1] and set(pure_features(torch.tensor([0]), unknown, 4).values()) == {0}
     nothing = torch.tensor([]).long()
-    assert set(pure_features(nothing, nothing, sure[:0], masks, (2, 2), 4).values()) == {0}
+    assert set(pure_features(nothing, right_parts(nothing, nothing, sure[:0], masks, (2, 2), 4), 4).values()) == {0}
+
+
+def test_a_place_is_as_pure_as_what_it_was_made_of():
+    _, online = made(momentum=.75)
+    assert online.purity() == {"cache_object": 0, "cache_background": 0}
+    online.used[[0, 2, 8]] = True                       # two objects and a background
+    online.note(torch.tensor([0, 2, 8, -1, 0, 2]), torch.tensor([1., .5, .25, .9, 0., -1.]))
+    assert online.pure[[0, 2, 8]].tolist() == [.75, .5, .25] and (online.pure >= 0).sum() == 3
+    assert online.purity() == {"cache_object": pytest.approx((.75 + .5) / 2), "cache_background": .25}
+
+
+def test_copies_take_no_place():
+    _, online = made(budget=4)
+    f, maps, labels = batch(2)
+    first = online.update(f, maps, labels)[-1]
+    kept, taken = online.keys.clone(), online.used.clone()
+    again = online.update(f, maps, labels)[-1]
+    assert torch.equal(online.used, taken) and torch.allclose(online.keys, kept, atol=1e-5) and torch.equal(first, again)
+    _, every = made(budget=4, alike=2.)
+    every.update(f, maps, labels), every.update(f, maps, labels)
+    assert every.used.sum() > taken.sum()
 
 
 def test_padding_is_not_taken_in():
@@ -94,6 +119,6 @@ def test_a_state_of_other_settings_is_refused():
     assert torch.equal(same.keys, online.keys)
 
 
-@pytest.mark.parametrize("bad", [dict(confidence=.5), dict(confidence=1.2), dict(momentum=-.1), dict(budget=0), dict(least=0), dict(teacher="head")])
+@pytest.mark.parametrize("bad", [dict(confidence=.5), dict(confidence=1.2), dict(momentum=-.1), dict(alike=0.), dict(budget=0), dict(least=0), dict(teacher="head")])
 def test_settings_out_of_range(bad):
     with pytest.raises(ValueError): OnlineSettings(**bad)

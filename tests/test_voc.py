@@ -175,7 +175,7 @@ def test_the_main_command_as_voc(real, tmp_path, monkeypatch, capsys):
                                        ("adapter", dict(n_teach=4, n_judge=4, n_choose=4, seeds=1, iterations=2, draws=20)),
                                        ("table", dict(table="IV", n_train=4, n_choose=4, n_val=4, seeds=1, iterations=2, draws=20)),
                                        ("confusion", dict(n_train=4, n_choose=4, n_val=4, iterations=2, draws=20)),
-                                       ("cost", dict(n_train=4, n_choose=4, n_val=4, iterations=2, points=2, draws=20)), ("rivals", dict(n_train=2, n_choose=2, n_val=2, names=["NACLIP"], most=1, draws=20)), ("online", dict(n_train=4, n_choose=2, n_val=4, seeds=1, iterations=2, points=1, confidences=[.7], budgets=[2], shares=[0.], draws=20)), ("figures", dict(n_val=4, shown=2, rounds=1, alphas=[1.], n_train=4, iterations=2, real=False))])
+                                       ("cost", dict(n_train=4, n_choose=4, n_val=4, iterations=2, points=2, draws=20)), ("rivals", dict(n_train=2, n_choose=2, n_val=2, names=["NACLIP"], most=1, draws=20)), ("online", dict(n_train=4, n_choose=2, n_val=4, seeds=1, iterations=2, points=1, confidences=[.7], budgets=[2], momenta=[.5], shares=[0.], draws=20)), ("figures", dict(n_val=4, shown=2, rounds=1, alphas=[1.], n_train=4, iterations=2, real=False))])
 def test_an_experiment_as_voc(real, name, how, tmp_path):
     record = repro.run_notebook(name, tmp_path, profile="voc", data=str(real.data["voc"]), overrides=real.settings["voc"], **how)
     check_record(record, name, tmp_path, "val" if name in ("table", "confusion", "cost", "rivals", "online", "figures") else "train")
