@@ -197,14 +197,14 @@ def voting(
     "LaVG-style: all patches of a group say the same."
     return row_normalize(affinity_label(cluster_attention(A, k, seed=seed)))
 
-# %% ../nbs/6_use/75_rivals.ipynb #f4aff43a
+# %% ../nbs/6_use/75_rivals.ipynb #75c0e001
 def image_feature(clip, tokens, token):  # (B, N + 1, width) behind the last block -> (B, d), L2-normalized
     "What stands for the image: the mean of its patches, or its class token."
     z = clip.visual.ln_post(tokens)
     z = z[:, 1:].mean(1) if token == "patches" else z[:, 0]
     return F.normalize(z if clip.visual.proj is None else z @ clip.visual.proj, dim=-1)
 
-
+# %% ../nbs/6_use/75_rivals.ipynb #f4aff43a
 def grad_cam(
     clip,  # `DenseCLIP`, two layers or more
     images: Tensor,  # (B, 3, H, W) in [0, 1]
@@ -316,7 +316,7 @@ def recall(model, x, what: dict, make):
     found = model.kept[key]
     return tuple(v.to(x.device) for v in found) if isinstance(found, tuple) else found.to(x.device)
 
-
+# %% ../nbs/6_use/75_rivals.ipynb #66c14471
 class Folder:
     "A mapping of names to tensors, or to tuples of them, in files of a folder."
 
@@ -342,7 +342,7 @@ class Rival:
     "A rival: where it was published, how it is made, and its switches."
 
     paper: str
-    make: callable  # (model, images, labels, attention, **switches) -> features (B, N, d), scores (B, C, N) or None
+    make: callable  # (model, images, labels, attention, **switches) -> features, scores (B, C, N) or None
     tried: dict  # {switch: values}, the default first
     cosines: bool = True  # are its scores those of features and words? Otherwise maps of its own
     heads: bool = False  # has each head an attention of its own?
@@ -437,10 +437,12 @@ def _diffsegmenter(model, x, labels, attention, timestep, spread):
         scores[has, c] = X.to(x.device)
     return _plain(model, x), scores
 
-# %% ../nbs/6_use/75_rivals.ipynb #3edd88a7
+# %% ../nbs/6_use/75_rivals.ipynb #75c0e002
 ATTENTION = ("own", "mean", "acr")  # as the rule makes it; its mean over heads; that, refined by (4) to (6)
 _SHARP = (1.0, 0.25, 0.5, 2.0, 4.0)
 _own = lambda first: (first, *(n for n in PLACES if n != first))
+
+# %% ../nbs/6_use/75_rivals.ipynb #3edd88a7
 RIVALS = {
     "MaskCLIP": Rival("ECCV 2022", _proxy(maskclip), dict(at=_own("block"))),
     "SCLIP": Rival("ECCV 2024", _proxy(sclip), dict(at=_own("block"), sharpness=_SHARP), heads=True),
