@@ -442,7 +442,7 @@ ATTENTION = ("own", "mean", "acr")  # as the rule makes it; its mean over heads;
 _SHARP = (1.0, 0.25, 0.5, 2.0, 4.0)
 _own = lambda first: (first, *(n for n in PLACES if n != first))
 
-# %% ../nbs/6_use/75_rivals.ipynb #3edd88a7
+# %% ../nbs/6_use/75_rivals.ipynb #75c0e003
 RIVALS = {
     "MaskCLIP": Rival("ECCV 2022", _proxy(maskclip), dict(at=_own("block"))),
     "SCLIP": Rival("ECCV 2024", _proxy(sclip), dict(at=_own("block"), sharpness=_SHARP), heads=True),
@@ -460,6 +460,10 @@ RIVALS = {
             at=_own("last"), block=(-2, -1), timestep=(0, 100), beta=(1.2, 1.0, 0.9), gamma=(3.0, 30.0, 100.0)
         ),
     ),
+}
+
+# %% ../nbs/6_use/75_rivals.ipynb #3edd88a7
+RIVALS |= {
     "CLIPer": Rival(
         "ICCV 2025",
         _cliper,
