@@ -74,7 +74,7 @@ def student_facts(self: Study, teacher: str) -> dict:
     )
     facts |= self.read("head") | dict(classes=self.profile.classes)
     if teacher == "masks":
-        return facts
+        return facts | dict(crop=self.profile.crop, precision=self.plan.precision)
     kind = "static" if teacher == "dynamic" else teacher
     facts |= dict(maps=self.map_facts(kind)) | self.read("labels")
     return facts | (self.read("adapter", "dynamic") if teacher == "dynamic" else {})
@@ -119,7 +119,8 @@ def learner(self: Study, teacher: str) -> Learner:
     p, cache = self.profile, self.cache() if teacher in ("static", "dynamic") else None
     student = new_student(self.clip, p, cache if teacher == "dynamic" else None, seed=self.plan.seed)
     live = augmented(p)
-    frozen = Frozen(self.clip, self.attending() if live else None, p, cache)
+    asked = live and teacher != "masks"  # masks teach without the diffusion model
+    frozen = Frozen(self.clip, self.attending() if asked else None, p, cache)
     memory = None if live else self.memory(teacher)
     return Learner(student.to(self.plan.device), frozen, p, memory=memory, supervised=teacher == "masks")
 

@@ -51,6 +51,35 @@ def test_what_is_filed_is_what_the_method_gives(study, change):
     assert (found - want).abs().mean() < 4e-3 and (found - want).abs().max() < .25, (found - want).abs().max()
 
 
+def test_other_templates_are_other_words(study):
+    "The model is shared; its prompts are the row's."
+    other = study.at(templates=("a drawing of a {} at night.",))
+    assert not torch.allclose(other.text, study.text) and torch.equal(other.text, study.clip.text(study.profile.prompt_names, other.profile.templates))
+    assert other.clip.templates == other.profile.templates != study.clip.templates and other.map_facts("vce") != study.map_facts("vce")
+
+
+@pytest.mark.parametrize("teacher", ["masks", "vce", "static"])
+def test_a_head_is_filed_under_what_its_tokens_depend_on(study, teacher):
+    for change in (dict(crop=128), dict(precision="bf16"), dict(seed=3), dict(head_width=32)): assert study.at(**change).student_facts(teacher) != study.student_facts(teacher)
+    assert study.at(timestep=7).student_facts("masks") == study.student_facts("masks"), "masks teach without the diffusion model"
+
+
+def test_images_are_known_by_their_labels_and_masks(study):
+    from dataclasses import replace
+    from diclip.app.stages import Images
+    scenes = MiniWorld("train", 3)
+
+    class Other(list):
+        pass
+
+    facts = lambda some: Images(Other(some)).facts["digest"]
+    first = scenes[0]
+    flipped = replace(first, mask=np.where(first.mask == 0, 255, first.mask).astype(first.mask.dtype))
+    relabeled = replace(scenes[1], labels=tuple(sorted({*scenes[1].labels} ^ {0, 1})) or (2,))
+    known = facts(scenes[:])
+    assert known == facts(scenes[:]) and facts([flipped, scenes[1], scenes[2]]) != known and facts([first, relabeled, scenes[2]]) != known
+
+
 ORDER = ["attention", "refined", "features", "cache", "score"]
 
 

@@ -122,6 +122,7 @@ def test_the_experiments_of_the_project(monkeypatch):
     for given, message in ((dict(profile="voc"), "pass --data ROOT"), (dict(profile="voc", data="nowhere"), "nowhere"), (dict(split="vall"), "unknown split"), (dict(n_val=401), "val has 400 scenes"), (dict(precision="fp16"), "choose bf16"),
                            (dict(device="gpu"), "choose cpu, cuda or mps"), (dict(cache_images="drawn"), "generated or rendered"), (dict(hand_width=0), "above 0")):
         with pytest.raises(ValueError, match=message): check_parameters("components", given)
+    with pytest.raises(ValueError, match="no table 'VIx': choose one of III"): check_parameters("table", dict(table="VIx"))
     assert check_parameters("components", dict(hand_temperature=0)) == dict(hand_temperature=0.)       # the cell says what 0 means
     assert check_parameters("training", dict(n_train=0)) == dict(n_train=0)
 
@@ -130,7 +131,7 @@ def test_the_file_of_the_records(monkeypatch):
     monkeypatch.delenv("DICLIP_EXPERIMENTS")
     jobs = S.read_jobs(ROOT / "nbs/experiments/mini.yaml")
     committed = {p.relative_to(ROOT / "nbs/results").with_suffix("").as_posix(): p for p in record_files(ROOT / "nbs/results")}
-    assert set(committed) <= {j.record for j in jobs} | {"training_test"} and len({j.record for j in jobs}) == len({j.key for j in jobs}) == len(jobs)
+    assert set(committed) == {j.record for j in jobs} | {"training_test"} and len({j.record for j in jobs}) == len({j.key for j in jobs}) == len(jobs)
     assert {j.experiment for j in jobs} == {p.stem for p in (ROOT / "nbs/experiments").glob("*.ipynb")}
     for j in (j for j in jobs if j.record in committed):
         ran, asked = json.loads(committed[j.record].read_text())["parameters"], jobs_of._asked(j)[0]

@@ -139,6 +139,10 @@ def _check_values(v: dict):
         from diclip.model import as_dtype
 
         as_dtype(v["precision"], device)
+    if "table" in v:
+        from diclip.app.tables import get_table
+
+        get_table(v["table"])
     if images not in ("generated", "rendered"):
         raise ValueError(f"cache_images={images!r}: choose generated or rendered")
     if images == "rendered" and not set(get_profile(v["profile"]).classes) <= set(CLASSES):

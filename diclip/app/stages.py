@@ -152,7 +152,8 @@ def replaced(profile, changes) -> Profile:
 def clip(self: Study):
     "The `DenseCLIP` of the profile."
     p, how = self.profile, (self.plan.device, as_dtype(self.plan.precision, self.plan.device))
-    return self.once(("clip", p.clip, p.clip_weights, p.patch, *how), lambda: load_clip(p, *how))
+    key = "clip", p.clip, p.clip_weights, p.patch, p.templates, *how
+    return self.once(key, lambda: load_clip(p, *how))
 
 
 @patch(as_prop=True)
@@ -182,6 +183,8 @@ class Images:
         ends = [self.read(i) for i in (0, len(self) - 1)]
         names = "".join(map(str, getattr(dataset, "ids", [s.id for s in ends])))
         digest = hashlib.sha256(names.encode() + b"".join(s.image.tobytes() for s in ends))
+        digest.update(repr([tuple(y) for y in self.labels]).encode())
+        digest.update(b"".join(np.asarray(s.mask).tobytes() for s in ends if s.mask is not None))
         self.facts = dict(images=len(self), first=ends[0].id, digest=digest.hexdigest()[:16])
 
     def __len__(self):

@@ -47,9 +47,10 @@ class Table:
     base: str  # the row that the others are compared with
     line: str = ""  # where the paper prints the first column as one line: the name of that line
 
-    def published(self, row, column) -> tuple:
-        "(row, column) of the paper's numbers."
-        return (self.line, row) if self.line and column == next(iter(self.columns)) else (row, column)
+    def published(self, row, column, profile="") -> tuple:
+        "(row, column) of the paper's numbers; a table of one line has one for each data set."
+        line = "COCO" if profile == "coco" and self.line == "VOC" else self.line
+        return (line, row) if line and column == next(iter(self.columns)) else (row, column)
 
 # %% ../../nbs/6_use/71_tables.ipynb #142275dd
 def times(setting, factor):
