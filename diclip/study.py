@@ -234,7 +234,8 @@ def matrices(self: Study, kind: str, of: str = "cam", seeds=(0,)) -> tuple:
 # %% ../nbs/6_use/70_study.ipynb #59ca37e8
 @patch
 def row(self: Study, kind: str, of: str = "cam", seeds=(0,), draws: int = 1000, against=None) -> dict:
-    "One line of a table, percent; with `against`, (kind, study), the paired difference from that row."
+    """One line of a table, percent; with `against`, (kind, study), the paired difference from that row.
+    `minutes` are those of what the store had not yet; `memory` is the process's peak until now (GB)."""
     began = perf_counter()
     thresholds, found = self.matrices(kind, of, seeds)
     out = dict(summarize(found, draws), threshold=thresholds)
