@@ -43,7 +43,7 @@ def seed_interval(a: list, b: list) -> list:  # low, high; nan below two seeds e
     half = t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5
     return [round(float(d.mean() - half), 2), round(float(d.mean() + half), 2)]
 
-
+# %% ../../nbs/6_use/72_results.ipynb #72aa0003
 def table_steps(record: dict):  # a pandas.DataFrame, one line a step
     "The steps of one record with the paper's and a verdict."
     import pandas as pd
@@ -57,12 +57,12 @@ def table_steps(record: dict):  # a pandas.DataFrame, one line a step
             continue
         ours, low, high = r["difference"]
         ends = seed_interval(record["results"][f"{record['base']} | {column}"]["seeds"], r["seeds"])
-        verdicts = {judged(d, round(b - a, 3)) for d in ([ours, low, high], [ours, *ends])}
-        claim = ends[0] == ends[0]
+        claim = ends[0] == ends[0]  # there is an interval over seeds
+        agree = [r["difference"]] + ([[ours, *ends]] if claim else [])
+        verdicts = {judged(d, round(b - a, 3)) for d in agree}
         line = dict(table=name, column=column, step=f"{record['base']} -> {row}", paper=round(b - a, 1))
         line |= dict(ours=ours, low=low, high=high, seed_low=ends[0], seed_high=ends[1], claim=claim)
-        agreed = verdicts.pop() if len(verdicts) == 1 else "not shown"
-        line["verdict"] = agreed if claim else judged(r["difference"], round(b - a, 3))
+        line["verdict"] = verdicts.pop() if len(verdicts) == 1 else "not shown"
         lines.append(line)
     return pd.DataFrame(lines)
 
